@@ -1,0 +1,399 @@
+"""Low-rank adapters: made, stored, read and merged, in peft's layers and peft's files.
+
+LoRA leaves a weight ``W [out, in]`` as it is and learns a difference of low rank beside it::
+
+    y = W x + scale * B (A x)          A [r, in] random, B [out, r] zero, so training starts at the base model
+    scale = alpha / r                  rsLoRA: alpha / sqrt(r), which keeps the size of the update as r grows
+    DoRA: W' = m * (W + scale B A) / |W + scale B A|_row     m [out] learnt, starts at |W|_row
+
+The layers are those of the ``peft`` library, injected in place, so module names stay those of the transformers model
+and the files can be read by anything that reads peft's. What is ours: adapter parameters are float32 masters whatever
+the base dtype (run under autocast); their start is a function of the seed and the parameter's *name*, hence the same
+on every rank and layout; modules to save are trained in place rather than in a copy; merging is done in float32, layer
+by layer, and gives back the plain modules.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tessera.adapt.quant import is_quantised, peft_imports
+from tessera.adapt.targets import Targets, ends_with, nearest
+from tessera.adapt.trainable import Adaptation
+from tessera.config.errors import UserError
+from tessera.config.run import AdaptArgs
+from tessera.contract.plan import Groups, within
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What peft's files put before every module name."""
+
+_NAME = "default"
+_UNSUPPORTED = (
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
+
+
+# ---------------------------------------------------------------------------------------------------- making adapters
+
+
+def modules_to_save(
+    model: nn.Module, suffixes: Sequence[str], match: Callable[[str, str], bool] = ends_with
+) -> tuple[str, ...]:
+    """Full names of the modules that ``--modules_to_save`` means, and of those that share a parameter with them."""
+    parameters = _by_every_name(model)
+    owners = (name.rpartition(".")[0] for name in parameters)
+    names = list(dict.fromkeys([*(name for name, _ in model.named_modules() if name), *owners]))
+    found: list[str] = []
+    for suffix in suffixes:
+        matched = [name for name in names if match(name, suffix) and not within(found, name)]
+        if not matched and not any(match(name, suffix) for name in names):
+            known = {part for name in names for part in name.split(".") if not part.isdigit()}
+            raise UserError(
+                f"--modules_to_save {suffix}: the model has no such module; nearest: {nearest(suffix, known)}"
+            )
+        for name in matched:
+            found += [] if within(found, name) else [name]
+    shared = {id(p) for name, p in parameters.items() if within(found, name)}
+    for name, parameter in parameters.items():
+        owner = name.rpartition(".")[0]
+        if id(parameter) in shared and not within(found, owner):
+            found.append(owner)
+    return tuple(found)
+
+
+def _by_every_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by all their names; a tied head that is no module here is ``lm_head.weight``, as in transformers."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if not any(name.startswith("lm_head.") for name in parameters):
+        for embedding in [name for name in parameters if name.endswith("embed_tokens.weight")]:
+            parameters["lm_head.weight"] = parameters[embedding]
+    return parameters
+
+
+def inject(
+    model: nn.Module, targets: Targets, saved: Sequence[str], args: AdaptArgs, *, seed: int, quantised: bool
+) -> LoraConfig:
+    """Put fresh adapters beside ``targets`` and freeze everything else but the ``saved`` modules; in place."""
+    clash = [name for name in targets.names if within(saved, name)]
+    if clash:
+        raise UserError(
+            f"--modules_to_save: {clash[0]} would be both adapted and trained whole; freeze its part "
+            "(--freeze_vit, --freeze_aligner) or name other --target_modules"
+        )
+    with peft_imports(quantised=quantised):
+        from peft import LoraConfig
+
+        config = LoraConfig(
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            bias=args.lora_bias,
+            use_dora=args.use_dora,
+            use_rslora=args.use_rslora,
+            target_modules=targets.spec if isinstance(targets.spec, str) else list(targets.spec),
+            task_type="CAUSAL_LM",
+        )
+    _inject(model, config, quantised=quantised)
+    adapted = {name for name, _ in _lora_layers(model)}
+    assert adapted == set(targets.names), f"peft adapted {adapted ^ set(targets.names)} differently"
+    for name, layer in _lora_layers(model):
+        _initialise(layer, name, seed)
+    _train_whole(model, saved)
+    config.modules_to_save = list(saved) or None
+    return config
+
+
+def _inject(model: nn.Module, config: LoraConfig, *, quantised: bool) -> None:
+    """peft's layers with float32 parameters; leaves the global random state and the model's attributes alone."""
+    if next(_lora_layers(model), None) is not None:
+        raise UserError(
+            "--adapters: this model has an adapter already; merge one (tessera export) before adding another"
+        )
+    with peft_imports(quantised=quantised), torch.random.fork_rng(devices=[]):
+        from peft import inject_adapter_in_model
+
+        # How peft is told to use its layers for bitsandbytes; each applies to modules of its kind only.
+        vars(model).update({"is_loaded_in_4bit": True, "is_loaded_in_8bit": True} if quantised else {})
+        inject_adapter_in_model(copy.copy(config), model, adapter_name=_NAME)
+    # Bookkeeping of peft's that would only disturb whoever looks at the model next.
+    for attribute in ("peft_config", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(model).pop(attribute, None)
+    for name, parameter in model.named_parameters():
+        if _is_adapter(name):
+            parameter.data = parameter.data.float()
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, layer) of every adapted module; a layer is told by the children that only peft's layers have."""
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        if {"base_layer", "lora_A", "lora_B"} <= children.keys():
+            yield name, module
+
+
+def _is_adapter(name: str) -> bool:
+    """Whether a parameter name is that of an adapter rather than of the base model."""
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+@torch.no_grad()
+def _initialise(layer: Any, name: str, seed: int) -> None:
+    """A uniform in +-1/sqrt(in), B zero, DoRA's magnitudes the row norms of W: all functions of (seed, name)."""
+    a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
+    # 32 bits: the CPU generator drops the rest of a seed.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    bound = a.shape[1] ** -0.5
+    a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+    b.zero_()
+    if _NAME in layer.lora_magnitude_vector:
+        layer.lora_magnitude_vector[_NAME].weight.copy_(torch.linalg.norm(_weight(layer), dim=1))
+
+
+def _weight(layer: Any) -> Tensor:
+    """The base weight ``[out, in]`` in float32, expanded if it is quantised."""
+    base = layer.get_base_layer()
+    if not is_quantised(base):
+        return base.weight.detach().float()
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(base).detach().float()
+
+
+def _train_whole(model: nn.Module, saved: Sequence[str]) -> None:
+    for name, parameter in _by_every_name(model).items():
+        if within(saved, name):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+
+# --------------------------------------------------------------------------------------------------- files, peft's way
+
+
+def adapter_tensors(
+    model: nn.Module, adaptation: Adaptation, full: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> dict[str, Tensor]:
+    """The adapter's tensors under peft's file names, on the CPU; a collective if ``full`` is one."""
+    assert adaptation.config is not None, "full training has no adapter"
+    tensors = {}
+    for name, parameter in _by_every_name(model).items():
+        bias = adaptation.config.bias != "none" and name.endswith(".bias")
+        if _is_adapter(name) or bias or within(adaptation.saved, name):
+            # contiguous().clone(): tied modules share storage in memory, files must not.
+            tensors[PREFIX + _file_name(name)] = full(parameter.detach()).cpu().contiguous().clone()
+    return tensors
+
+
+def _file_name(name: str) -> str:
+    name = name.replace(f".{_NAME}.", ".") if _is_adapter(name) else name
+    return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
+
+
+def save_adapter(
+    model: nn.Module,
+    adaptation: Adaptation,
+    directory: Path | str,
+    *,
+    base_model: str | None,
+    full: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    write: bool = True,
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into ``directory``.
+
+    ``full`` turns a sharded parameter into the whole tensor; it may be a collective, so every rank must call this,
+    with ``write`` true on one of them. ``base_model`` is what ``base_model_name_or_path`` will say.
+    """
+    tensors = adapter_tensors(model, adaptation, full)
+    if not write:
+        return
+    from safetensors.torch import save_file
+
+    config = copy.copy(adaptation.config)
+    config.base_model_name_or_path = base_model
+    config.inference_mode = True
+    fields = {key: sorted(v) if isinstance(v, (set, frozenset)) else v for key, v in config.to_dict().items()}
+    out = Path(directory)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, str(out / WEIGHTS_FILE), metadata={"format": "pt"})
+    (out / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: Path | str,
+    groups: Groups,
+    *,
+    trainable: bool,
+    lorap_lr_ratio: float | None = None,
+    quantised: Sequence[str] = (),
+    rename: Callable[[str], str] = lambda name: name,
+) -> Adaptation:
+    """Read an adapter that tessera or peft wrote and put it beside ``model``'s weights (already loaded), in place.
+
+    ``rename`` maps a module name of the file to the model's where those differ (adapters of an older naming). Every
+    tensor of the file must find its place and every adapter parameter its tensor; UserError otherwise.
+    """
+    config = _read_config(Path(directory))
+    tensors = {_memory_name(key, rename): tensor for key, tensor in _read_tensors(Path(directory)).items()}
+    names = sorted({name.partition(".lora_")[0] for name in tensors if _is_adapter(name)})
+    adaptable = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name in names:
+        if name not in adaptable or name.rpartition(".")[2] == "lm_head":
+            raise UserError(
+                f"{directory}: adapts {name}, which is no adaptable linear layer of this model; wrong --model?"
+            )
+    # peft matches by the end of the string, so that norm also means input_layernorm.
+    saved = modules_to_save(model, config.modules_to_save or (), str.endswith)
+    # The file's tensors, not its patterns, say what is adapted: patterns are read differently between versions.
+    exact = copy.copy(config)
+    exact.target_modules, exact.modules_to_save, exact.exclude_modules = set(names), None, None
+    exact.layers_to_transform, exact.layers_pattern, exact.init_lora_weights = None, None, True
+    exact.inference_mode = False
+    _inject(model, exact, quantised=bool(quantised))
+    if trainable:
+        _train_whole(model, saved)
+    _fill(model, tensors, saved, str(directory), tied=config.ensure_weight_tying)
+    if not trainable:
+        model.requires_grad_(False)
+    config.modules_to_save = list(saved) or None
+    names_trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    return Adaptation("lora", groups, names_trained, tuple(names), saved, tuple(quantised), config, lorap_lr_ratio)
+
+
+def _read_config(directory: Path) -> LoraConfig:
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(
+            f"--adapters {directory}: no {CONFIG_FILE} there; give the directory of a checkpoint or adapter"
+        )
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    kind = fields.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"--adapters {directory}: peft_type {kind} is not supported; only LORA (LoRA, DoRA, rsLoRA) is")
+    used = [name for name in _UNSUPPORTED if fields.get(name)]
+    start = fields.get("init_lora_weights", True)
+    if used or (isinstance(start, str) and start.split("_")[0] in ("pissa", "olora", "corda", "loftq", "lora")):
+        what = used[0] if used else f"init_lora_weights={start}, which changes the base weights"
+        raise UserError(f"--adapters {directory}: uses {what}; merge it with peft first and give the result as --model")
+    with peft_imports(quantised=False):
+        from peft import LoraConfig
+
+        config = LoraConfig.from_pretrained(str(directory))
+    assert isinstance(config, LoraConfig)
+    return config
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    if (directory / WEIGHTS_FILE).is_file():
+        from safetensors.torch import load_file
+
+        return load_file(str(directory / WEIGHTS_FILE))
+    old = directory / "adapter_model.bin"
+    if old.is_file():
+        return dict(torch.load(old, map_location="cpu", weights_only=True))
+    raise UserError(f"--adapters {directory}: no {WEIGHTS_FILE} there; is the checkpoint complete?")
+
+
+def _memory_name(key: str, rename: Callable[[str], str]) -> str:
+    """The parameter name in memory of a tensor name in a file."""
+    name = rename(key.removeprefix(PREFIX).replace(".modules_to_save.", "."))
+    if name.endswith(".lora_magnitude_vector"):
+        name += ".weight"
+    for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        name = name.replace(f".{part}.", f".{part}.{_NAME}.")
+    return name
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, tensors: dict[str, Tensor], saved: Sequence[str], source: str, *, tied: bool) -> None:
+    """Copy every tensor to its parameter; nothing left over, nothing left out.
+
+    ``tied``: the file keeps one copy of tensors that are tied (otherwise it must hold both).
+    """
+    parameters = _by_every_name(model)
+    needed = {name for name in parameters if _is_adapter(name) or within(saved, name)}
+    filled: dict[int, Tensor] = {}
+    for key, tensor in tensors.items():
+        stem, _, leaf = key.rpartition(".")
+        name = key if key in parameters else f"{stem}.base_layer.{leaf}"
+        if name not in parameters:
+            raise UserError(f"{source}: holds {key}, which this model has no place for; wrong --model?")
+        parameter = parameters[name]
+        if parameter.shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)} in the file, {tuple(parameter.shape)} in the model"
+            raise UserError(f"{source}: {key} is {shapes}; wrong --model?")
+        twin = filled.setdefault(id(parameter), tensor)
+        if twin is not tensor and not torch.equal(twin, tensor):
+            raise UserError(
+                f"{source}: {key} differs from the tensor that this model ties it to; merge it with peft first"
+            )
+        parameter.copy_(tensor)
+        needed.discard(name)
+    untied = sorted(name for name in needed if id(parameters[name]) in filled)
+    if untied and not tied:
+        raise UserError(
+            f"{source}: trains one of two tensors that this model ties, {untied[0]} not; merge it with peft first"
+        )
+    missing = sorted(needed.difference(untied))
+    if missing:
+        raise UserError(f"{source}: {missing[0]} is missing ({len(missing)} in all); the adapter is incomplete")
+
+
+# ------------------------------------------------------------------------------------------------------------- merging
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> int:
+    """Add every adapter into its weight (in float32, then in the weight's dtype) and remove it; returns how many.
+
+    Afterwards modules have their plain names again. A quantised base is refused: rounding the sum to four bits would
+    lose most of what was learnt.
+    """
+    layers = list(_lora_layers(model))
+    for name, layer in layers:
+        if is_quantised(layer.get_base_layer()):
+            raise UserError(
+                f"--merge_lora true: {name} is quantised and cannot take the adapter in; "
+                "export without --quant_method, so that the adapter is merged into the unquantised weights"
+            )
+    for name, layer in layers:
+        base = layer.get_base_layer()
+        merged = _merged_weight(layer)
+        base.weight.data = merged.to(base.weight.dtype)
+        extra = layer.lora_B[_NAME].bias
+        if extra is not None:
+            assert base.bias is not None, f"{name}: peft refuses lora_bias on a layer without a bias"
+            base.bias.data += (extra * layer.scaling[_NAME]).to(base.bias.dtype)
+        model.set_submodule(name, base)
+    return len(layers)
+
+
+def _merged_weight(layer: Any) -> Tensor:
+    """``W + scale B A`` in float32; with DoRA its rows rescaled to the learnt magnitudes."""
+    update = layer.lora_B[_NAME].weight.float() @ layer.lora_A[_NAME].weight.float()
+    weight = _weight(layer) + layer.scaling[_NAME] * update
+    if _NAME in layer.lora_magnitude_vector:
+        magnitude = layer.lora_magnitude_vector[_NAME].weight.float()
+        weight *= (magnitude / torch.linalg.norm(weight, dim=1)).unsqueeze(1)
+    return weight

@@ -1,0 +1,129 @@
+"""The one door: from a name on the command line to a model, its geometry and its weights.
+
+Training, inference, export and evaluation all open a model here, so they cannot disagree about which directory was
+meant, which family it is, which pixel limits apply or which tensors were expected. Opening is split by cost::
+
+    locate    --model -> a directory (local first, then the Hugging Face cache or hub)
+    describe  config.json and preprocessor_config.json -> family, geometry, plan; no tensors, milliseconds
+    load      safetensors -> a module, through the family's weight map, every tensor accounted for
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tessera.config.errors import UserError
+from tessera.config.run import ModelArgs
+from tessera.contract.model import Family, Geometry
+from tessera.contract.plan import Plan
+from tessera.contract.weightmap import WeightMap
+from tessera.models.families import family_of
+from tessera.weights.hf import Checkpoint
+from tessera.weights.hf import load as load_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model directory, read but not loaded."""
+
+    path: Path
+    config: Mapping[str, Any]
+    preprocessor: Mapping[str, Any]
+    family: Family
+    geometry: Geometry
+    plan: Plan
+    checkpoint: Checkpoint
+    weightmap: WeightMap
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether the model takes images."""
+        return self.geometry.patch_size > 0
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence the decoder was made for, in tokens."""
+        value = {**self.config, **self.config.get("text_config", {})}.get("max_position_embeddings")
+        return int(value) if value else None
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype the checkpoint declares, ``float32`` if it does not."""
+        text = self.config.get("text_config", {})
+        found = (self.config.get("dtype"), self.config.get("torch_dtype"), text.get("dtype"), text.get("torch_dtype"))
+        return next((str(name) for name in found if name), "float32")
+
+
+def locate(model: str) -> Path:
+    """The directory of ``--model``: a local path, else a repository id looked up in the hub's cache, then online."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_local:
+        raise UserError(f"--model {model}: no such directory")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5"]))
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--model {model}: neither a directory here nor a repository that can be downloaded ({first})"
+        ) from error
+
+
+def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
+    """A JSON object from a model directory; ``{}`` if it is absent and not required."""
+    if not path.is_file() and not required:
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def describe(args: ModelArgs) -> Source:
+    """Read a model's configuration; UserError if it is no model directory or of no known family."""
+    if not args.model:
+        raise UserError("--model is missing: give a model directory or a Hugging Face repository id", exit_code=2)
+    path = locate(args.model)
+    config = read_json(path / "config.json", required=True)
+    preprocessor = read_json(path / "preprocessor_config.json")
+    preprocessor = preprocessor or read_json(path / "processor_config.json").get("image_processor", {})
+    family = family_of(config)
+    geometry = family.geometry(config, preprocessor)
+    geometry = geometry.limited(
+        min_pixels=args.min_pixels, max_pixels=args.max_pixels, video_max_pixels=args.video_max_pixels, fps=args.fps
+    )
+    checkpoint = Checkpoint(path)
+    weightmap = family.weightmap(config, list(checkpoint.names))
+    return Source(path, config, preprocessor, family, geometry, family.plan(config), checkpoint, weightmap)
+
+
+def load(
+    source: Source,
+    *,
+    dtype: Callable[[str], torch.dtype] | torch.dtype,
+    device: torch.device,
+    prepare: Callable[[nn.Module], None] = lambda module: None,
+) -> nn.Module:
+    """The model with its weights on ``device``; ``dtype`` may depend on the parameter's name.
+
+    ``prepare`` sees the module while it is still on the meta device (to freeze it, say), before ``dtype`` is asked.
+    """
+    with torch.device("meta"):
+        module = source.family.build(source.config)
+    prepare(module)
+    load_weights(module, source.checkpoint, source.weightmap, dtype=dtype, device=device)
+    return module

@@ -1,0 +1,102 @@
+"""The exact state of training, saved so that a resumed run cannot be told from an uninterrupted one.
+
+Four things decide what the next step does, and all four are stored:
+
+    parameters   the float32 masters of whatever is trained (the model files may hold them rounded to bfloat16)
+    optimiser    every state tensor, by parameter name
+    data         a *global* cursor: epoch and step in the epoch; the order itself is a function of the seed
+    randomness   the generator state of every rank (dropout draws from it)
+
+Tensors go through ``torch.distributed.checkpoint``, which writes each rank's shards in parallel and can read them
+into another number of ranks; the cursor and the counters are JSON in ``trainer_state.json``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tessera.config.errors import UserError
+from tessera.parallel.mesh import Mesh
+
+STATE_DIR = "state"
+
+
+def _rng_path(directory: Path, rank: int) -> Path:
+    return directory / f"rng-{rank}.pt"
+
+
+def _tensors(model: nn.Module, optimizer_state: dict[str, Tensor]) -> dict[str, Any]:
+    masters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {"model": masters, "optimizer": optimizer_state}
+
+
+def save_tensors(checkpoint: Path, model: nn.Module, optimizer_state: dict[str, Tensor], mesh: Mesh) -> None:
+    """Write the trained parameters, the optimiser's tensors and this rank's generators below ``checkpoint``."""
+    import torch.distributed.checkpoint as dcp
+
+    directory = checkpoint / STATE_DIR
+    directory.mkdir(exist_ok=True)
+    torch.save(_generators(mesh), _rng_path(directory, mesh.rank))
+    writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=False)
+    try:
+        with _quiet():
+            dcp.save(_tensors(model, optimizer_state), storage_writer=writer, no_dist=mesh.data is None)
+    except dcp.api.CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values() if isinstance(cause, OSError)]
+        raise causes[0] if causes else error from error
+
+
+def load_tensors(checkpoint: Path, model: nn.Module, optimizer_state: dict[str, Tensor], mesh: Mesh) -> None:
+    """Read what :func:`save_tensors` wrote, in place, into any number of ranks.
+
+    ``optimizer_state`` must hold allocated tensors of the right shapes. UserError if the checkpoint was saved with
+    ``--save_only_model true`` or trains other parameters.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    directory = checkpoint / STATE_DIR
+    if not (directory / ".metadata").is_file():
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: it holds no optimizer state (saved with --save_only_model true); "
+            "start a new run from it with --model instead"
+        )
+    wanted = _tensors(model, optimizer_state)
+    reader = dcp.FileSystemReader(directory)
+    stored = set(reader.read_metadata().state_dict_metadata)
+    asked = {f"{part}.{name}" for part, tensors in wanted.items() for name in tensors}
+    if stored != asked:
+        odd = sorted(stored ^ asked)
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: it trains other parameters than these flags do "
+            f"({len(odd)} differ, first {odd[0]}); resume with the flags of its args.json"
+        )
+    with _quiet():
+        dcp.load(wanted, storage_reader=reader, no_dist=mesh.data is None)
+    rng = _rng_path(directory, mesh.rank)
+    if rng.is_file():
+        state = torch.load(rng, weights_only=True)
+        torch.set_rng_state(state["cpu"])
+        if mesh.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], mesh.device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that a single process is a single process, which ``no_dist`` has just said."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+def _generators(mesh: Mesh) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if mesh.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(mesh.device)
+    return state

@@ -1,0 +1,264 @@
+"""What is run, as values: one frozen dataclass per room, held together by a :class:`Run`.
+
+Rooms receive the dataclass of their name and read plain attributes; nobody else parses anything. The fields carry no
+defaults: those, the help and the allowed values are the rows of the same names in ``flags.py`` (a test compares the
+two), and :mod:`tessera.config.resolve` is where a Run comes from::
+
+    run = resolve(["sft", "--model", "DIR", "--dataset", "rows.jsonl"], os.environ)   # a command line
+    run = run_of("sft", model="DIR", dataset=("rows.jsonl",))                        # a program, a test
+    run.train.learning_rate, run.provenance["learning_rate"]                         # 0.0001, 'default'
+
+A Run remembers where every value came from, and becomes a flat ``args.json`` in ms-swift's spelling, so that tools
+which read that file also read ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tessera import __version__
+from tessera.config.flags import BY_NAME
+
+Provenance = Mapping[str, str]
+"""Flag name -> 'flag', 'yaml', 'env', 'args.json', 'program' (run_of) or 'default'."""
+
+Steps = int | float
+"""A number of steps, a share of the run if below 1, or -1: at the end only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelArgs:
+    """Which model, in which dtype, at which resolution, quantised or not."""
+
+    model: str | None
+    adapters: tuple[str, ...]
+    torch_dtype: str | None
+    max_pixels: int | None
+    min_pixels: int | None
+    video_max_pixels: int | None
+    fps: float | None
+    quant_method: str | None
+    quant_bits: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataArgs:
+    """Which rows, and how they become batches; ``system`` is the text itself, ``data_seed`` is always set."""
+
+    dataset: tuple[str, ...]
+    val_dataset: tuple[str, ...]
+    split_dataset_ratio: float
+    data_seed: int
+    dataset_shuffle: bool
+    train_dataloader_shuffle: bool
+    val_dataset_shuffle: bool
+    max_length: int | None
+    truncation_strategy: str
+    packing: bool
+    packing_length: int | None
+    system: str | None
+    loss_scale: str
+    columns: Mapping[str, str] | None
+    strict: bool
+    max_skip_ratio: float
+    image_resize: str
+    root_image_dir: str | None
+    dataloader_num_workers: int | None
+    load_data_args: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptArgs:
+    """What is trainable: the weights or an adapter, of which parts."""
+
+    train_type: str
+    freeze_llm: bool
+    freeze_vit: bool
+    freeze_aligner: bool
+    freeze_parameters: tuple[str, ...]
+    trainable_parameters: tuple[str, ...]
+    lora_rank: int
+    lora_alpha: int
+    lora_dropout: float
+    lora_bias: str
+    target_modules: tuple[str, ...]
+    target_regex: str | None
+    modules_to_save: tuple[str, ...]
+    use_dora: bool
+    use_rslora: bool
+    lorap_lr_ratio: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainArgs:
+    """The loop: length, batch, optimiser, schedule, recomputation, evaluation. No field is left undecided but the
+    learning rates of tower and projector, which then follow ``learning_rate``."""
+
+    num_train_epochs: float
+    max_steps: int
+    per_device_train_batch_size: int
+    per_device_eval_batch_size: int
+    gradient_accumulation_steps: int
+    learning_rate: float
+    vit_lr: float | None
+    aligner_lr: float | None
+    optim: str
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    max_grad_norm: float
+    lr_scheduler_type: str
+    warmup_ratio: float
+    warmup_steps: int
+    min_lr: float
+    wsd_decay_ratio: float
+    seed: int
+    gradient_checkpointing: bool
+    vit_gradient_checkpointing: bool
+    loss_chunk_size: int
+    max_bad_steps: int
+    eval_strategy: str
+    eval_steps: Steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveArgs:
+    """What is kept, where, how often; ``max_shard_size`` in bytes, ``resume_from_checkpoint`` a path or ``true``."""
+
+    output_dir: str
+    add_version: bool
+    save_strategy: str
+    save_steps: Steps
+    save_total_limit: int | None
+    save_only_model: bool
+    resume_from_checkpoint: str | None
+    max_shard_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogArgs:
+    """What is shown; an empty ``report_to`` means files only."""
+
+    logging_steps: Steps
+    logging_first_step: bool
+    report_to: tuple[str, ...]
+    run_name: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelArgs:
+    """On how many processes; ``deepspeed`` is None or one of zero0 to zero3, ``ddp_timeout`` in seconds."""
+
+    deepspeed: str | None
+    fsdp: str | None
+    ddp_timeout: int
+    nproc_per_node: int
+    nnodes: int
+    node_rank: int
+    master_addr: str | None
+    master_port: int | None
+
+    @property
+    def zero_stage(self) -> int | None:
+        """0 (replicate) to 3 (shard parameters too), or None where neither flag asks for anything."""
+        if self.deepspeed is not None:
+            return int(self.deepspeed.removeprefix("zero"))
+        return {None: None, "fsdp2": 3, "full_shard": 3, "shard_grad_op": 2}[self.fsdp]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferArgs:
+    """How answers are generated; None defers to the model's generation config or to the mode (``stream``)."""
+
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float | None
+    stream: bool | None
+    max_batch_size: int
+    result_path: str | None
+    val_dataset_sample: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportArgs:
+    """What leaves the house; ``hub_token`` lives in memory only."""
+
+    merge_lora: bool
+    push_to_hub: bool
+    hub_model_id: str | None
+    hub_token: str | None
+    hub_private_repo: bool
+    exist_ok: bool
+
+
+ROOM_CLASSES: Mapping[str, type] = {
+    "model": ModelArgs,
+    "data": DataArgs,
+    "adapt": AdaptArgs,
+    "train": TrainArgs,
+    "save": SaveArgs,
+    "log": LogArgs,
+    "parallel": ParallelArgs,
+    "infer": InferArgs,
+    "export": ExportArgs,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Everything a verb is told.
+
+    ``target`` is the positional argument of ``report`` (a run directory) and ``demo``, ``config_file`` the YAML or JSON
+    file the flags came from, ``env`` the environment variables that had a say and those of the file's ``ENV`` block,
+    ``inert`` the accepted flags without effect, ``notes`` what to tell the user once before anything starts.
+    """
+
+    verb: str
+    model: ModelArgs
+    data: DataArgs
+    adapt: AdaptArgs
+    train: TrainArgs
+    save: SaveArgs
+    log: LogArgs
+    parallel: ParallelArgs
+    infer: InferArgs
+    export: ExportArgs
+    dry_run: bool
+    target: str | None
+    config_file: str | None
+    provenance: Provenance
+    env: Mapping[str, str]
+    inert: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    def values(self) -> dict[str, Any]:
+        """Flag name -> value of every room."""
+        rooms = asdict(self)
+        return {name: value for room in ROOM_CLASSES for name, value in rooms[room].items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The flat args.json: every flag under all its spellings, tokens nulled, plus what made this run."""
+        out: dict[str, Any] = {}
+        for name, value in {**self.values(), **self.inert}.items():
+            for spelling in (name, *BY_NAME[name].aliases):
+                out[spelling] = list(value) if isinstance(value, tuple) else value
+        out["hub_token"] = None
+        return {**out, "verb": self.verb, "env": dict(self.env), "tessera_version": __version__}
+
+    def describe(self) -> str:
+        """One line per room with the values that are not defaults, each followed by where it came from."""
+        lines = []
+        for room in ROOM_CLASSES:
+            shown = [
+                f"{name}={value}" + (f" ({origin})" if (origin := self.provenance[name]) != "flag" else "")
+                for name, value in self.values().items()
+                if BY_NAME[name].room == room and self.provenance[name] != "default" and name != "hub_token"
+            ]
+            if shown:
+                lines.append(f"{room:<9} {'  '.join(shown)}")
+        return "\n".join(lines)

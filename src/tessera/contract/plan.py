@@ -1,0 +1,51 @@
+"""How a model is cut, as data.
+
+A family does not contain sharding code. It states, by module pattern, where its FSDP units and its recompute points
+are and which module belongs to which freeze group; ``parallel/`` and ``adapt/`` apply that. A family supports a
+parallel dimension exactly if its plan has rows for it, so the flag and the truth cannot drift apart.
+
+Patterns are dotted module names in which ``*`` stands for one name component: ``model.visual.blocks.*`` matches
+``model.visual.blocks.7`` and nothing below it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether the dotted ``name`` fits ``pattern`` component for component (``*`` is any one component)."""
+    return re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), name) is not None
+
+
+def within(prefixes: Iterable[str], name: str) -> bool:
+    """Whether ``name`` is one of ``prefixes`` or lies below one."""
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Module prefixes of the three parts of a VLM; an aligner may lie inside the tower and then wins over it."""
+
+    llm: tuple[str, ...]
+    aligner: tuple[str, ...] = ()
+    vit: tuple[str, ...] = ()
+
+    def of(self, name: str) -> str:
+        """The group, ``llm``, ``aligner`` or ``vit``, of a parameter or module name."""
+        for group, prefixes in (("aligner", self.aligner), ("vit", self.vit), ("llm", self.llm)):
+            if within(prefixes, name):
+                return group
+        raise AssertionError(f"{name} belongs to no group of the plan")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where a family's model is cut: freeze ``groups``, FSDP units and recompute points of decoder and tower."""
+
+    groups: Groups
+    fsdp_units: tuple[str, ...]
+    recompute_decoder: tuple[str, ...]
+    recompute_tower: tuple[str, ...] = ()

@@ -1,0 +1,181 @@
+"""From a sample to everything one row contributes to a batch: tokens, weights, and later its pixels.
+
+Encoding happens in two halves because their costs differ by a factor of hundreds. :meth:`Encoder.rendered` needs the
+text and the headers of the image files: that is all a plan is made from. :meth:`Encoder.pixels` decodes and resizes,
+once per use, in a loader thread.
+
+What to do with a row that is longer than ``--max_length`` is decided here too. ``delete`` refuses it; ``left`` and
+``right`` cut text on that side; ``split`` (pre-training) makes several rows of it. The tokens of an image are never
+cut: an image is in or the row is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tessera.config.errors import UserError
+from tessera.contract.model import Geometry, MediaItem
+from tessera.data import media
+from tessera.data.render import Encoded, Medium, Rendered, Renderer
+from tessera.data.sample import BadRow, ImageRef, Sample, normalise
+
+Probe = Callable[[ImageRef], tuple[int, int]]
+"""Image -> (height, width), from its header."""
+
+Files = Mapping[ImageRef, bytes]
+"""Image files read already."""
+
+
+class Encoder:
+    """Rows to :class:`Encoded` and pixels, under one run's rules.
+
+    ``image_resize`` is ``torch`` or ``pil``; relative image paths are looked for below ``root_image_dir`` if given,
+    else in the working directory, else beside the dataset's file.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        geometry: Geometry,
+        *,
+        image_resize: str = "torch",
+        root_image_dir: str | None = None,
+        max_length: int | None = None,
+        truncation_strategy: str = "delete",
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
+        self.renderer = renderer
+        self.geometry = geometry
+        self.image_resize = image_resize
+        self.root_image_dir = root_image_dir
+        self.max_length = max_length
+        self.truncation_strategy = truncation_strategy
+        self.columns = columns
+
+    def sample(self, row: Mapping[str, Any], base: Path | None = None, *, need_answer: bool = True) -> Sample:
+        """The row in normal form, its image paths resolved."""
+        found = normalise(row, self.columns, need_answer=need_answer)
+        if not found.images and not found.videos:
+            return found
+        images = tuple(self._located(image, base) for image in found.images)
+        videos = tuple(tuple(self._located(frame, base) for frame in video) for video in found.videos)
+        return Sample(found.messages, images, videos, found.tools)
+
+    def rendered(self, sample: Sample, probe: Probe = media.probe, *, prompt: bool = False) -> Rendered:
+        """Text and media items of the sample, from image headers alone; ``prompt`` leaves the last answer out."""
+        images = [self._medium("image", (image,), probe) for image in sample.images]
+        videos = [self._medium("video", video, probe) for video in sample.videos]
+        render = self.renderer.prompt if prompt else self.renderer.render
+        return render(sample, images, videos)
+
+    def encoded(self, sample: Sample, files: Files | None = None, *, prompt: bool = False) -> Encoded:
+        """Tokens and weights of the sample, not shortened; image headers are read from ``files`` where given."""
+
+        def probe(source: ImageRef) -> tuple[int, int]:
+            return media.probe(source if files is None else files.get(source, source))
+
+        return self.renderer.encode(self.rendered(sample, probe, prompt=prompt))
+
+    def files(self, sample: Sample) -> Files:
+        """The image files of the sample, each read once."""
+        sources = [*sample.images, *(frame for video in sample.videos for frame in video)]
+        return {source: media.load(source) for source in sources}
+
+    def shortened(self, encoded: Encoded) -> list[Encoded]:
+        """``encoded`` as one or (``split``) several rows of at most ``max_length`` tokens; BadRow if that cannot be."""
+        length, limit = len(encoded.tokens), self.max_length
+        if limit is None or length <= limit:
+            return [encoded]
+        if self.truncation_strategy == "delete":
+            raise BadRow(f"{length} tokens are more than --max_length {limit}")
+        if self.truncation_strategy == "split":
+            return self._split(encoded, limit)
+        keep = np.zeros(length, dtype=bool)
+        for start, end in self.renderer.extents(encoded):
+            keep[start:end] = True
+        room = limit - int(keep.sum())
+        if room <= 0:
+            raise BadRow(
+                f"its images and videos alone take {length - int((~keep).sum())} tokens, --max_length is {limit}"
+            )
+        text = np.flatnonzero(~keep)
+        keep[text[:room] if self.truncation_strategy == "right" else text[-room:]] = True
+        return [_cut(encoded, keep, encoded.media)]
+
+    def pixels(self, encoded: Encoded, out: np.ndarray, files: Files | None = None) -> None:
+        """Write the patches of all media into ``out [encoded.patches, D] uint8``; BadRow if a file is unreadable."""
+        start = 0
+        for medium in encoded.media:
+            count = medium.item.grid[0] * medium.item.grid[1] * medium.item.grid[2]
+            self._fill(medium, out[start : start + count], files or {})
+            start += count
+
+    @property
+    def patch_width(self) -> int:
+        """Bytes of one patch (D)."""
+        return 3 * self.geometry.temporal_patch_size * self.geometry.patch_size**2
+
+    def _medium(self, kind: str, sources: tuple[ImageRef, ...], probe: Probe) -> Medium:
+        if kind not in self.geometry.pad_ids:
+            raise BadRow(f"this model takes no {kind}s")
+        sizes = [probe(source) for source in sources]  # every frame must be there; the first decides
+        height, width = sizes[0]
+        try:
+            grid = self.geometry.grid(height, width, len(sources))
+        except UserError as error:
+            raise BadRow(str(error)) from None
+        return Medium(MediaItem(kind, grid), sources)
+
+    def _fill(self, medium: Medium, out: np.ndarray, files: Files) -> None:
+        frames = []
+        target = (0, 0)
+        for index, source in enumerate(medium.sources):
+            pixels = media.decode(files.get(source, source), name=source)
+            if index == 0:
+                height, width = pixels.shape[:2]
+                if self.geometry.grid(height, width, len(medium.sources)) != medium.item.grid:
+                    raise BadRow("an image's size differs from its header, or has changed since planning")
+                target = self.geometry.resized(height, width, len(medium.sources))
+            frames.append(media.resize(pixels, *target, self.image_resize))
+        g = self.geometry
+        media.patchify(frames, g.patch_size, g.merge_size, g.temporal_patch_size, out)
+
+    def _located(self, source: ImageRef, base: Path | None) -> ImageRef:
+        if isinstance(source, bytes) or os.path.isabs(source) or source.startswith(("data:", "file:")):
+            return source
+        if self.root_image_dir is not None:
+            return os.path.join(self.root_image_dir, source)
+        if base is not None and "://" not in source and not os.path.exists(source):
+            beside = os.path.join(base, source)
+            if os.path.exists(beside):
+                return beside
+        return source
+
+    def _split(self, encoded: Encoded, limit: int) -> list[Encoded]:
+        """Consecutive parts of at most ``limit`` tokens, cut between media items."""
+        extents, length, parts, start = self.renderer.extents(encoded), len(encoded.tokens), [], 0
+        while start < length:
+            end = min(start + limit, length)
+            end = next((first for first, behind in extents if first < end < behind), end)
+            if end <= start:
+                raise BadRow(f"one image or video takes more tokens than --max_length {limit}")
+            held = tuple(
+                medium for medium, (first, _) in zip(encoded.media, extents, strict=True) if start <= first < end
+            )
+            keep = np.zeros(length, dtype=bool)
+            keep[start:end] = True
+            parts.append(_cut(encoded, keep, held))
+            start = end
+        return parts
+
+
+def _cut(encoded: Encoded, keep: np.ndarray, held: tuple[Medium, ...]) -> Encoded:
+    """The kept tokens as a sequence of their own: nothing predicts its first token."""
+    weights = encoded.loss_weight[keep]
+    weights[0] = 0.0
+    return Encoded(encoded.tokens[keep], weights, held)

@@ -1,0 +1,1 @@
+"""After training: answers from a model, one conversation at a time or over a whole dataset."""

@@ -1,0 +1,226 @@
+"""One packed decoder for every family: the common pre-norm block, with the options that set the families apart.
+
+Activations are ``[T, H]``: the tokens of all segments of a microbatch, end to end, no batch dimension and no padding.
+Position enters through the angles, segment boundaries through the attention layout; both are computed once per batch
+and shared by all layers. Options: biases, norms on queries and keys, RoPE or m-RoPE, tied head, and *deepstack*, where
+intermediate features of the vision tower are added to the image tokens after the first few layers.
+
+Layers live in a ``ModuleDict`` keyed by their global index, so a parameter has the same name however the model is cut.
+Linears are called, never looked into: an adapter may have replaced them.
+
+For generation, :class:`KVCache` holds keys and values in one row per sequence: ``forward`` fills it from a packed
+batch, then ``step`` extends all rows by one token at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tessera.contract.batch import Segments
+from tessera.models.attention import Layout, attend
+from tessera.models.layers import GatedMLP, RMSNorm
+from tessera.models.rope import Angles, Rope, RopeConfig, rotate
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """Sizes and options of a decoder; ``head_dim`` need not be ``hidden / heads``."""
+
+    vocab: int
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    rope: RopeConfig
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False
+
+
+class KVCache:
+    """Keys and values of all layers, ``[rows, capacity, kv_heads, D]`` each, one row per sequence.
+
+    ``lengths`` are the tokens held per row, on the host. Capacity grows by half when it is exhausted.
+    """
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.lengths = [0] * rows
+        self.capacity = capacity
+        self._keys: dict[str, Tensor] = {}
+        self._values: dict[str, Tensor] = {}
+        self._slots: Tensor | None = None
+        self._mask: Tensor | None = None
+
+    def fill(self, segments: Segments, order: Tensor | None = None) -> None:
+        """Announce a packed prefill: row ``s`` takes the tokens of segment ``s``, which arrive in ``order`` ``[T]``."""
+        assert len(segments.lengths) == len(self.lengths) and not any(self.lengths)
+        self._reserve(max(segments.lengths))
+        device = segments.cu_seqlens.device
+        starts = [row * self.capacity for row in range(len(self.lengths))]
+        slots = [torch.arange(start, start + n) for start, n in zip(starts, segments.lengths, strict=True)]
+        self._slots = torch.cat(slots).to(device)
+        if order is not None:
+            self._slots = self._slots.index_select(0, order)
+        self.lengths = list(segments.lengths)
+
+    def extend(self, device: torch.device) -> None:
+        """Announce one more token in every row. Call before the layers run."""
+        self._reserve(max(self.lengths) + 1)
+        ends = torch.tensor(self.lengths)
+        self._slots = (torch.arange(len(self.lengths)) * self.capacity + ends).to(device)
+        self.lengths = [length + 1 for length in self.lengths]
+        longest = max(self.lengths)
+        equal = all(length == longest for length in self.lengths)
+        visible = torch.arange(longest) <= ends[:, None]
+        self._mask = None if equal else visible[:, None, None, :].to(device)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these, in this order (sequences that have ended need no further steps)."""
+        chosen = torch.tensor(rows)
+        self.lengths = [self.lengths[row] for row in rows]
+        for store in (self._keys, self._values):
+            for layer, tensor in store.items():
+                store[layer] = tensor.index_select(0, chosen.to(tensor.device))
+
+    def write(self, layer: str, k: Tensor, v: Tensor) -> None:
+        """Store ``k``, ``v`` ``[tokens, kv_heads, D]`` of the announced tokens."""
+        assert self._slots is not None, "fill or extend comes first"
+        for store, new in ((self._keys, k), (self._values, v)):
+            if layer not in store:
+                store[layer] = new.new_zeros(len(self.lengths), self.capacity, *new.shape[1:])
+            store[layer].flatten(0, 1).index_copy_(0, self._slots, new)
+
+    def attend(self, layer: str, q: Tensor) -> Tensor:
+        """``q [rows, heads, D]`` of the newest tokens over everything in their rows, to ``[rows, heads, D]``."""
+        longest = max(self.lengths)
+        keys, values = self._keys[layer][:, :longest], self._values[layer][:, :longest]
+        out = F.scaled_dot_product_attention(
+            q.unsqueeze(2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=self._mask,
+            enable_gqa=q.shape[1] != keys.shape[2],
+        )
+        return out.squeeze(2)
+
+    def _reserve(self, length: int) -> None:
+        if length <= self.capacity:
+            return
+        grown = max(length, self.capacity + self.capacity // 2)
+        for store in (self._keys, self._values):
+            for layer, tensor in store.items():
+                store[layer] = F.pad(tensor, (0, 0, 0, 0, 0, grown - self.capacity))
+        self.capacity = grown
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What all layers share in one pass: the angles, the attention layout (None: a cached step), the cache."""
+
+    angles: Angles
+    layout: Layout | None
+    cache: KVCache | None = None
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions on ``[T, H]``."""
+
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        super().__init__()
+        wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.index = str(index)
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.hidden, wide, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden, narrow, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden, narrow, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(wide, config.hidden, bias=config.out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, context.angles), rotate(k, context.angles)
+        if context.cache is not None:
+            context.cache.write(self.index, k, v)
+        if context.layout is not None:
+            mixed = attend(q, k, v, context.layout)
+        else:
+            assert context.cache is not None
+            mixed = context.cache.attend(self.index, q)
+        out: Tensor = self.o_proj(mixed.flatten(1))
+        return out
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and gated MLP, each added to the residual stream ``[T, H]``.
+
+    With ``recompute`` set, its activations are dropped after forward and computed again in backward. The checkpoint
+    lies inside ``forward`` so that hooks around the module (parameter gathering) run once.
+    """
+
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, index)
+        self.mlp = GatedMLP(config.hidden, config.inner, config.mlp_bias)
+        self.input_layernorm = RMSNorm(config.hidden, config.eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden, config.eps)
+        self.recompute = False
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self._run, x, context, use_reentrant=False)
+            return out
+        return self._run(x, context)
+
+    def _run(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm; the head is the objective's business."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
+        self.layers = nn.ModuleDict({str(index): Layer(config, index) for index in range(config.layers)})
+        self.norm = RMSNorm(config.hidden, config.eps)
+        self.rope = Rope(config.rope, config.head_dim)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """``tokens [T]`` to ``[T, H]``, in the autocast type where autocast is on."""
+        x: Tensor = self.embed_tokens(tokens)
+        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        layout: Layout | None,
+        deepstack: Sequence[Tensor] = (),
+        dest: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """``x [T, H]`` to normed hidden states ``[T, H]``; ``deepstack[i]`` is added to rows ``dest`` after layer i."""
+        context = Context(self.rope.angles(positions, x.dtype), layout, cache)
+        for index, layer in enumerate(self.layers.values()):
+            x = layer(x, context)
+            if index < len(deepstack):
+                assert dest is not None
+                x = x.index_add(0, dest, deepstack[index].to(x.dtype))
+        out: Tensor = self.norm(x)
+        return out

@@ -1,0 +1,41 @@
+"""Random weights, reproducible tensor by tensor.
+
+Every tensor draws from its own generator, seeded with the run's seed and the tensor's name, so its values do not depend
+on which other tensors exist or in which order they are filled.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from tessera.contract.model import HFConfig
+from tessera.models.families.common import text_config
+
+
+def init_weights(
+    module: nn.Module, config: HFConfig, seed: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> nn.Module:
+    """Fill ``module`` (of an own family, possibly on the meta device) as transformers initialises these models.
+
+    Matrices are normal with the config's ``initializer_range`` (the tower's own inside it), norms one, biases zero.
+    """
+    text_std = text_config(config).get("initializer_range", 0.02)
+    tower_std = config.get("vision_config", {}).get("initializer_range", text_std)
+    for name, parameter in list(module.named_parameters()):
+        std = tower_std if name.startswith("model.visual.") else text_std
+        value = _drawn(name, tuple(parameter.shape), std, seed).to(device, dtype)
+        prefix, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(prefix)
+        owner.register_parameter(leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    return module
+
+
+def _drawn(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """Initial float32 values of one tensor."""
+    if len(shape) <= 1:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed & 0xFFFFFFFF) | (seed >> 32 << 32))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -1,0 +1,115 @@
+"""The model: embed tokens, put the tower's features on the image tokens, run the decoder, call the objective.
+
+    tokens [T] --embed--> x [T, H] --------------> decoder --> hidden [T, H] --> objective --> LossSum
+    patches [P, D] --tower--> features [V, H] --^ on rows ``dest``     (+ deepstack features between layers)
+
+Submodules carry the names that transformers gives them in memory, so adapters and state dicts are interchangeable:
+``model.language_model.layers.0...``, ``model.visual.blocks.0...``, ``lm_head``; without a tower ``model.layers.0...``
+
+A model with a tower runs it on every batch. If no sample has an image the collator sends a minimal frame whose
+``dest`` is empty: none of its rows land anywhere, and backward reaches the tower with zeros, so every rank of a
+parallel run takes part in the same collectives. Nothing it computes, not even an infinity, can reach the loss.
+
+For CPU attention the segments of a batch are laid out by length (``models/attention.py``); the model reorders the
+row on entry and restores the order on exit, and nobody outside can tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tessera.contract.batch import Batch
+from tessera.contract.model import LossSum, Objective
+from tessera.contract.plan import Plan, matches
+from tessera.models.attention import permuted, plan
+from tessera.models.decoder import Decoder, DecoderConfig, KVCache, Layer
+from tessera.models.tower import run
+
+
+class Trunk(nn.Module):
+    """Tower and decoder side by side; exists for the names ``model.visual`` and ``model.language_model``."""
+
+    def __init__(self, visual: nn.Module, language_model: Decoder) -> None:
+        super().__init__()
+        self.visual = visual
+        self.language_model = language_model
+
+
+class VLM(nn.Module):
+    """A decoder, with or without a vision tower; see the module docstring."""
+
+    def __init__(self, config: DecoderConfig, visual: nn.Module | None = None) -> None:
+        super().__init__()
+        decoder = Decoder(config)
+        self.model = decoder if visual is None else Trunk(visual, decoder)
+        # A tied head has no parameter of its own: transformers, too, stores only the embedding.
+        self.lm_head = None if config.tied else nn.Linear(config.hidden, config.vocab, bias=False)
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.model.language_model if isinstance(self.model, Trunk) else self.model
+
+    @property
+    def visual(self) -> nn.Module | None:
+        return self.model.visual if isinstance(self.model, Trunk) else None
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight ``[V, H]`` that turns hidden states into logits."""
+        return self.decoder.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, batch: Batch, objective: Objective | None = None) -> Tensor | LossSum:
+        """``objective``'s sums over ``batch``; without one the hidden states ``[T, H]`` after the final norm."""
+        hidden = self._hidden(batch)
+        return hidden if objective is None else objective(hidden, self.head_weight, batch)
+
+    def prefill(self, batch: Batch, cache: KVCache) -> Tensor:
+        """Fill row ``s`` of ``cache`` with segment ``s``; hidden states ``[S, H]`` of each segment's last token."""
+        ends = batch.segments.cu_seqlens[1:].long() - 1
+        return self._hidden(batch, cache).index_select(0, ends)
+
+    def step(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """One token ``[B]`` more in every row of ``cache``, at ``positions`` ``[B]`` or ``[3, B]``, to ``[B, H]``."""
+        cache.extend(tokens.device)
+        decoder = self.decoder
+        out: Tensor = decoder(decoder.embed(tokens), positions, None, cache=cache)
+        return out
+
+    def set_recompute(self, plan: Plan, *, decoder: bool, tower: bool) -> None:
+        """Switch activation recomputation on or off at the plan's points of the decoder and of the tower."""
+        for name, module in self.named_modules():
+            if any(matches(pattern, name) for pattern in plan.recompute_decoder):
+                assert isinstance(module, Layer), f"{name} cannot be recomputed"
+                module.recompute = decoder
+            elif any(matches(pattern, name) for pattern in plan.recompute_tower):
+                block: Any = module  # a transformers block; these two attributes are its own switch
+                block.gradient_checkpointing = tower
+                block._gradient_checkpointing_func = _recomputed
+
+    def _hidden(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
+        decoder, media, visual = self.decoder, batch.media, self.visual
+        x = decoder.embed(batch.tokens)
+        layout = plan(batch.segments, causal=True, dtype=x.dtype)
+        x, positions = permuted(x, layout.order, layout.inverse), batch.positions
+        if layout.order is not None:
+            positions = positions.index_select(-1, layout.order)
+        if cache is not None:
+            cache.fill(batch.segments, layout.order)
+        dest: Tensor | None = None
+        deepstack: tuple[Tensor, ...] = ()
+        if media is not None and visual is not None:
+            dest = media.dest if layout.inverse is None else layout.inverse.index_select(0, media.dest)
+            features = run(visual, media, x.dtype).landing(dest.shape[0])
+            x, deepstack = x.index_copy(0, dest, features.final), features.deepstack
+        hidden: Tensor = decoder(x, positions, layout, deepstack, dest, cache)
+        return permuted(hidden, layout.inverse, layout.order)
+
+
+def _recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """Run ``function`` now and again in backward, keeping only its inputs in between."""
+    out: Tensor = checkpoint(function, *args, use_reentrant=False)
+    return out

@@ -1,0 +1,104 @@
+"""Next-token prediction: the head and the cross entropy, together, a chunk of tokens at a time.
+
+The largest tensor of language-model training is not a weight but the logits: ``T x vocabulary`` in float32, three
+times over (logits, probabilities, their gradient). Two observations make it disappear. Only supervised tokens need
+logits at all; prompts and images, most of a multimodal sequence, are skipped through ``batch.supervised``. And for
+the rest, the loss of a chunk of tokens is a closed form whose gradient can be taken on the spot::
+
+    logits = rows @ head.T            [c, V]   exists for one chunk at a time
+    loss   = w * (logsumexp(logits) - logits[target])
+    d rows = w * (softmax(logits) - onehot(target)) @ head
+    d head = w * (softmax(logits) - onehot(target)).T @ rows
+
+So the forward pass also computes the gradient (it is a sum over tokens, hence known up to the factor that arrives
+from above), and the backward pass only scales it. Products run in the model's dtype, sums and softmax in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tessera.contract.batch import Batch
+from tessera.contract.model import LossSum, Objective
+
+DEFAULT_CHUNK = 1024
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum over tokens of ``weight * CE(rows @ head.T, target)``; also the number of argmax hits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_LH: Tensor, head_VH: Tensor, targets_L: Tensor, weights_L: Tensor, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        wants_rows, wants_head = ctx.needs_input_grad[:2]
+        head = head_VH.detach().to(rows_LH.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=rows_LH.device)
+        correct = torch.zeros((), dtype=torch.float32, device=rows_LH.device)
+        d_rows = torch.empty_like(rows_LH) if wants_rows else None
+        d_head = torch.zeros_like(head_VH, dtype=torch.float32) if wants_head else None
+        for start in range(0, rows_LH.shape[0], chunk):
+            rows = rows_LH[start : start + chunk]
+            targets = targets_L[start : start + chunk].unsqueeze(1)
+            weights = weights_L[start : start + chunk]
+            logits = (rows @ head.T).float()
+            correct += (logits.argmax(dim=1, keepdim=True) == targets).sum()
+            log_norm = logits.logsumexp(dim=1)
+            total += (weights * (log_norm - logits.gather(1, targets).squeeze(1))).sum()
+            if not (wants_rows or wants_head):
+                continue
+            d_logits = logits.sub_(log_norm.unsqueeze(1)).exp_()
+            d_logits.scatter_add_(1, targets, torch.full_like(d_logits[:, :1], -1.0))
+            d_logits = d_logits.mul_(weights.unsqueeze(1)).to(rows.dtype)
+            if d_rows is not None:
+                torch.mm(d_logits, head, out=d_rows[start : start + chunk])
+            if d_head is not None:
+                d_head += d_logits.T @ rows
+        ctx.save_for_backward(d_rows, d_head)
+        ctx.head_dtype = head_VH.dtype
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor, d_correct: Tensor) -> tuple[Tensor | None, ...]:
+        d_rows, d_head = ctx.saved_tensors
+        rows = None if d_rows is None else d_rows.mul_(d_total)
+        head = None if d_head is None else d_head.mul_(d_total).to(ctx.head_dtype)
+        return rows, head, None, None, None
+
+
+def cross_entropy_sum(
+    rows: Tensor, head: Tensor, targets: Tensor, weights: Tensor, *, chunk: int = DEFAULT_CHUNK
+) -> tuple[Tensor, Tensor]:
+    """Weighted cross entropy of ``rows [L, H]`` through ``head [V, H]``, summed (float32), and the argmax hits.
+
+    ``targets [L] int64``; ``weights [L] float32``. Never holds more than ``chunk x V`` logits.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        total, correct = _ChunkedCrossEntropy.apply(rows, head, targets, weights, chunk)
+    return total, correct
+
+
+def next_token(chunk: int = DEFAULT_CHUNK) -> Objective:
+    """The language-model objective: sum of ``loss_weight * -log p(target)`` over the supervised tokens.
+
+    Metrics: ``correct`` (argmax hits) and ``count`` (supervised tokens), whose ratio is the token accuracy.
+    """
+
+    def objective(hidden: Tensor, head: Tensor, batch: Batch) -> LossSum:
+        rows = hidden.index_select(0, batch.supervised)
+        targets = batch.targets.index_select(0, batch.supervised)
+        weights = batch.loss_weight.index_select(0, batch.supervised)
+        total, correct = cross_entropy_sum(rows, head, targets, weights, chunk=chunk)
+        if batch.supervised.numel() == 0:
+            # A microbatch without targets must still reach every parameter, so that ranks stay in step.
+            total = total + 0.0 * (hidden.float().sum() + head.float().sum())
+        count = torch.full_like(correct, float(batch.supervised.numel()))
+        return LossSum(total, batch.weight, {"correct": correct, "count": count})
+
+    return objective

@@ -1,0 +1,1 @@
+"""What we recommend: functions from a resolved Run to something that trains, exports or demonstrates."""

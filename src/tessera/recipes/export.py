@@ -1,0 +1,199 @@
+"""``tessera export``: a directory that any tool can load, from an adapter or a model, and its upload.
+
+    --adapters CKPT --merge_lora true       base model + adapter -> CKPT-merged
+    --model DIR --torch_dtype bfloat16      the same model in another dtype -> DIR-export
+    --push_to_hub true ...                  the directory made here; an unmerged adapter or an unchanged model as it is
+
+What is written is complete: weights under the names, shards and dtypes of the base model, config, tokenizer,
+processor, chat template, and the ``args.json`` of the training, so that ``infer --load_data_args true`` works on it.
+The pixel limits of training go into the processor's config, because whoever loads the model with another tool would
+otherwise show it images of another size than it has learnt from.
+
+The adapter is added in float32 and rounded once, to the dtype that is written. Everything is written into a hidden
+directory that gets its name at the very end: an export that is interrupted leaves nothing that looks like one.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tessera.adapt import lora
+from tessera.checkpoint import open as door
+from tessera.checkpoint.store import write_json
+from tessera.config.errors import UserError
+from tessera.config.run import Run
+from tessera.contract.model import Geometry, dtype_of
+from tessera.infer.session import attach
+from tessera.models.geometry import PatchGeometry
+from tessera.weights import hf, hub
+
+ARGS_FILE = "args.json"
+_PRODUCT = (*hf.SIDE_FILES, "*.safetensors", "*.safetensors.index.json", ARGS_FILE)
+
+
+def main(run: Run, *, endpoint: str | None = None) -> Path:
+    """Export as ``run`` says; the directory that was written, or the one pushed as it is.
+
+    ``endpoint`` names another hub than the public one.
+    """
+    directory = _unchanged(run)
+    if directory is None:
+        directory = write(run)
+        print(f"{'would write' if run.dry_run else 'exported to'} {directory}", flush=True)
+    if run.export.push_to_hub and not run.dry_run:
+        assert run.export.hub_model_id is not None, "checked by config.resolve"
+        url = hub.push(
+            directory,
+            run.export.hub_model_id,
+            token=run.export.hub_token,
+            private=run.export.hub_private_repo,
+            endpoint=endpoint,
+        )
+        print(f"pushed to {url}", flush=True)
+    return directory
+
+
+def write(run: Run) -> Path:
+    """Load, merge if asked to, and write the model; returns ``--output_dir``."""
+    source = door.describe(run.model)
+    out = Path(run.save.output_dir)
+    inputs = {source.path.resolve(), *(Path(adapter).resolve() for adapter in run.model.adapters)}
+    if out.resolve() in inputs:
+        raise UserError(f"--output_dir {out}: is what is being exported; choose another directory")
+    # Checked before any weight is read: merging may take minutes.
+    _check_free(out, exist_ok=run.export.exist_ok)
+    if run.dry_run:
+        return out
+    dtype = dtype_of(run.model.torch_dtype) if _asked(run, "torch_dtype") and run.model.torch_dtype else None
+    module = door.load(source, dtype=_stored(source) if dtype is None else dtype, device=torch.device("cpu"))
+    if run.export.merge_lora:
+        attach(source, module, run.model.adapters[0])
+        merged = lora.merge(module)
+        print(f"merged {merged} adapted layers of {run.model.adapters[0]} into {source.path}", flush=True)
+    resharded = _asked(run, "max_shard_size")
+    with appearing(out) as aside:
+        hf.save(
+            module.state_dict(),
+            aside,
+            source.weightmap,
+            source=None if resharded else source.checkpoint,
+            dtype=dtype,
+            max_shard_size=run.save.max_shard_size,
+        )
+        if resharded:
+            hf.copy_side_files(source.path, aside, dtype)
+        limit_processor(aside, run, source.geometry)
+        write_json(aside / ARGS_FILE, _args(run, source.path))
+    return out
+
+
+def limit_processor(directory: Path, run: Run, geometry: Geometry) -> None:
+    """Write the run's pixel limits, if it has any, into the processor configs in ``directory``."""
+    limited = run.model.max_pixels is not None or run.model.min_pixels is not None
+    if not limited or not isinstance(geometry, PatchGeometry):
+        return
+    limits = {"min_pixels": geometry.min_pixels, "max_pixels": geometry.max_pixels}
+    edges = {"shortest_edge": geometry.min_pixels, "longest_edge": geometry.max_pixels}
+    for name, inner in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        whole = door.read_json(directory / name)
+        part = whole if inner is None else whole.get(inner)
+        if not part:
+            continue
+        known = {key: value for key, value in limits.items() if key in part}
+        if part.get("size"):
+            part["size"] = edges
+        part.update(known if known or part.get("size") else limits)
+        write_json(directory / name, whole)
+
+
+@contextmanager
+def appearing(final: Path) -> Iterator[Path]:
+    """A hidden directory to write into; renamed to ``final`` at the end, removed if anything goes wrong.
+
+    An export that was there before steps aside for it; entries of the old one that no export writes are kept.
+    """
+    aside = final.with_name(f".writing-{final.name}")
+    old = final.with_name(f".writing-{final.name}-old")
+    try:
+        for left_over in (aside, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        _flush(aside)
+        if final.exists():
+            final.rename(old)
+        aside.rename(final)
+    except OSError as error:
+        if old.exists() and not final.exists():
+            old.rename(final)
+        raise UserError(f"--output_dir {final}: writing failed: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    if old.exists():
+        for entry in old.iterdir():
+            if not any(fnmatch.fnmatch(entry.name, pattern) for pattern in _PRODUCT):
+                entry.rename(final / entry.name)
+        shutil.rmtree(old)
+
+
+def _unchanged(run: Run) -> Path | None:
+    """The directory to push as it is, None if one has to be written."""
+    if len(run.model.adapters) > 1:
+        raise UserError(f"--adapters: one adapter is exported at a time, got {len(run.model.adapters)}")
+    if run.export.merge_lora:
+        return None
+    if run.model.adapters:
+        if not run.export.push_to_hub:
+            raise UserError("tessera export --adapters: nothing to do; add --merge_lora true or --push_to_hub true")
+        return Path(run.model.adapters[0])
+    changed = any(_asked(run, name) for name in ("output_dir", "torch_dtype", "max_shard_size", "max_pixels"))
+    return None if changed or not run.export.push_to_hub else door.locate(run.model.model or "")
+
+
+def _asked(run: Run, flag: str) -> bool:
+    """Whether the user set ``flag`` for this export, rather than training, long ago."""
+    return run.provenance[flag] in ("flag", "yaml", "env")
+
+
+def _stored(source: door.Source) -> Callable[[str], torch.dtype]:
+    """The dtype of each parameter in the checkpoint: loading and saving lose nothing."""
+    return lambda name: source.checkpoint.entries[source.weightmap.to_disk(name)].dtype
+
+
+def _check_free(out: Path, *, exist_ok: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not exist_ok:
+        raise UserError(f"--output_dir {out}: exists already; choose another or add --exist_ok true")
+    if not (out / "config.json").is_file():
+        raise UserError(f"--output_dir {out}: exists and is no exported model (no config.json); choose another")
+
+
+def _args(run: Run, model: Path) -> Mapping[str, Any]:
+    """The training's ``args.json``, without its adapters; that of this command if there was no training."""
+    for directory in (*(Path(adapter) for adapter in run.model.adapters), model):
+        if (directory / ARGS_FILE).is_file():
+            stored: dict[str, Any] = json.loads((directory / ARGS_FILE).read_text(encoding="utf-8"))
+            limits = {"max_pixels": run.model.max_pixels, "min_pixels": run.model.min_pixels}
+            return {**stored, **limits, "adapters": [], "hub_token": None}
+    return run.to_json()
+
+
+def _flush(root: Path) -> None:
+    """fsync every file below ``root``, and the directories."""
+    for directory, _, files in os.walk(root, topdown=False):
+        for path in (*(Path(directory, name) for name in files), Path(directory)):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

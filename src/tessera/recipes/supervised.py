@@ -1,0 +1,311 @@
+"""``tessera sft`` and ``tessera pt``: from a resolved Run to a trained checkpoint.
+
+The order is the architecture's: ranks, then the model's description, then (side by side) the data plan and the
+weights, then what is trainable, then where it lives, then the loop::
+
+    mesh -> describe -> [plan data | load weights] -> adapt -> recompute -> shard -> optimiser -> loader -> Trainer
+
+Planning the data needs a tokenizer and file headers, loading the model needs torch's heavier imports; the two share
+nothing, so they run side by side and the first step starts that much earlier.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from tessera import adapt
+from tessera.checkpoint import open as door
+from tessera.checkpoint import state as tensors
+from tessera.checkpoint.store import Store, new_run_dir, read_trainer_state, resolve_resume, step_of, write_json
+from tessera.config.errors import UserError
+from tessera.config.run import Run
+from tessera.contract.model import dtype_of
+from tessera.data.corpus import Corpus, prepare
+from tessera.data.loader import Loader, eval_loader
+from tessera.data.render import Renderer
+from tessera.models.vlm import VLM
+from tessera.objectives.lm import next_token
+from tessera.observe.metrics import RunLog
+from tessera.observe.plots import draw
+from tessera.observe.screen import summary_screen
+from tessera.parallel import fsdp
+from tessera.parallel.mesh import Mesh
+from tessera.recipes import screen
+from tessera.recipes.export import ARGS_FILE, limit_processor
+from tessera.train.optim import Optimizers
+from tessera.train.schedule import Schedule, warmup_steps
+from tessera.train.step import Engine
+from tessera.train.trainer import Cadence, Progress, SignalError, Trainer, restore
+from tessera.weights import hf
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run lives on disk and where it continues from."""
+
+    run_dir: Path
+    resume: Path | None
+
+    @property
+    def resumed_step(self) -> int:
+        return 0 if self.resume is None else step_of(self.resume)
+
+
+def main(run: Run) -> Path | None:
+    """Train as ``run`` says; returns the last checkpoint (None for a dry run). Raises UserError, SystemExit(128+n)."""
+    stage = run.parallel.zero_stage
+    mesh = Mesh.from_env(timeout_s=float(run.parallel.ddp_timeout), replicate=stage == 0)
+    trainer = build(run, mesh)
+    if trainer is None:
+        mesh.close()
+        return None
+    try:
+        summary = trainer.fit()
+    except SignalError as stop:
+        trainer.log.close()
+        if mesh.is_main:
+            print(stop, flush=True)
+        raise SystemExit(stop.code) from None
+    finish(trainer, summary)
+    mesh.close()
+    return Path(summary["last_model_checkpoint"]) if summary["last_model_checkpoint"] else None
+
+
+def place_of(run: Run, mesh: Mesh) -> Place:
+    """A new run directory, or that of the checkpoint being resumed; decided on the main rank."""
+    resume = None
+    if run.save.resume_from_checkpoint:
+        resume = resolve_resume(run.save.resume_from_checkpoint, Path(run.save.output_dir))
+    if resume is not None:
+        run_dir = resume.resolve().parent
+    else:
+        now = time.strftime("%Y%m%d-%H%M%S")
+        made = new_run_dir(Path(run.save.output_dir), now, add_version=run.save.add_version) if mesh.is_main else None
+        found = mesh.broadcast(made)
+        assert found is not None
+        run_dir = found
+    return Place(run_dir, resume)
+
+
+def compute_dtype(run: Run, source: door.Source, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: ``--torch_dtype``, else the checkpoint's own where this machine is fast in it."""
+    name = (run.model.torch_dtype or source.dtype_name).removeprefix("torch.")
+    if name == "float32" or device.type != "cpu":
+        return dtype_of(name)
+    if run.model.torch_dtype is None and not (name == "bfloat16" and cpu_has_bfloat16()):
+        return torch.float32
+    if name == "float16":
+        raise UserError("--torch_dtype float16: CPUs have no fast half precision; use bfloat16 or float32")
+    if not cpu_has_bfloat16():
+        screen.note("--torch_dtype bfloat16: this CPU has no bfloat16 units; float32 would be many times faster")
+    return dtype_of(name)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def cadence(run: Run, max_steps: int, steps_per_epoch: int, *, has_val: bool) -> Cadence:
+    """Step numbers at which to log, evaluate and save; strategies and shares of the run become numbers here."""
+
+    def every(value: int | float, strategy: str) -> int:
+        if strategy == "epoch":
+            return steps_per_epoch
+        if value < 0:
+            return max_steps
+        return max(1, math.ceil(value * max_steps)) if 0 < value < 1 else int(value)
+
+    saving, evaluating = run.save.save_strategy, run.train.eval_strategy
+    return Cadence(
+        max_steps=max_steps,
+        logging_steps=every(run.log.logging_steps, "steps"),
+        eval_steps=every(run.train.eval_steps, evaluating) if has_val and evaluating != "no" else 0,
+        save_steps=0 if saving == "no" else every(run.save.save_steps, saving),
+        save_at_end=saving != "no",
+        log_first=run.log.logging_first_step,
+        max_bad_steps=run.train.max_bad_steps,
+        max_grad_norm=run.train.max_grad_norm,
+    )
+
+
+def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) -> tuple[nn.Module, adapt.Adaptation]:
+    """The model with its weights, adapted and with recomputation set, not yet sharded.
+
+    What is trained is kept in float32 and what is frozen in ``dtype``; matrix products run in ``dtype`` either way.
+    """
+    quantisation = adapt.quant.requested(run.model, run.adapt)
+    trained: set[str] = set()
+
+    def decide(module: nn.Module) -> None:
+        if run.adapt.train_type == "full":
+            adapt.trainable.freeze(module, run.adapt, source.plan.groups)
+            trained.update(name for name, p in module.named_parameters() if p.requires_grad)
+
+    def dtype_for(name: str) -> torch.dtype:
+        return torch.float32 if name in trained else dtype
+
+    model = door.load(source, dtype=dtype_for, device=mesh.device, prepare=decide)
+    adaptation = adapt.apply(model, run.adapt, source.plan, seed=run.train.seed, quantisation=quantisation)
+    recompute = run.train.gradient_checkpointing, run.train.vit_gradient_checkpointing
+    cast(VLM, model).set_recompute(source.plan, decoder=recompute[0], tower=recompute[1])
+    return model, adaptation
+
+
+def checkpoint_writer(
+    run: Run, source: door.Source, model: nn.Module, adaptation: adapt.Adaptation, optimizers: Optimizers, mesh: Mesh
+) -> Callable[[Path], None]:
+    """A function that writes one checkpoint directory on all ranks: adapter or model, args.json, exact state."""
+
+    def write(directory: Path) -> None:
+        if adaptation.mode == "lora":
+            gather = partial(fsdp.full, mesh=mesh)
+            base = str(source.path)
+            adapt.save_adapter(model, adaptation, directory, base_model=base, full=gather, write=mesh.is_main)
+        else:
+            dtype = dtype_of(run.model.torch_dtype) if run.model.torch_dtype else None
+            whole = model.state_dict()
+            hf.save(whole, directory, source.weightmap, source=source.checkpoint, dtype=dtype, write=mesh.is_main)
+            if mesh.is_main:
+                limit_processor(directory, run, source.geometry)
+        if mesh.is_main:
+            write_json(directory / ARGS_FILE, run.to_json())
+        if not run.save.save_only_model:
+            tensors.save_tensors(directory, model, optimizers.state(), mesh)
+
+    return write
+
+
+def plan_data(run: Run, source: door.Source, run_dir: Path | None, mesh: Mesh) -> tuple[Corpus, Corpus | None]:
+    """The planned training and validation rows."""
+    renderer = Renderer(source.path, source.geometry, run.data.system, run.data.loss_scale)
+    return prepare(run.data, renderer, source.geometry, run_dir, max_length=source.max_positions, is_main=mesh.is_main)
+
+
+def train_loader(run: Run, corpus: Corpus, mesh: Mesh) -> Loader:
+    """The batches of the whole run, in the order that ``--data_seed`` decides."""
+    return Loader(
+        corpus,
+        units_per_batch=run.train.per_device_train_batch_size,
+        accumulation=run.train.gradient_accumulation_steps,
+        packing=run.data.packing,
+        capacity=run.data.packing_length or run.data.max_length,
+        seed=run.data.data_seed,
+        rank=mesh.rank,
+        world=mesh.world,
+        threads=run.data.dataloader_num_workers,
+        shuffle=run.data.train_dataloader_shuffle,
+        epochs=run.train.num_train_epochs,
+        max_steps=run.train.max_steps if run.train.max_steps > 0 else None,
+        pin_memory=mesh.device.type == "cuda",
+    )
+
+
+def val_loader(run: Run, corpus: Corpus, mesh: Mesh) -> Loader:
+    """Every validation row once, over all ranks."""
+    return eval_loader(
+        corpus,
+        units_per_batch=run.train.per_device_eval_batch_size,
+        packing=run.data.packing,
+        capacity=run.data.packing_length or run.data.max_length,
+        rank=mesh.rank,
+        world=mesh.world,
+        threads=run.data.dataloader_num_workers,
+    )
+
+
+def schedule_of(run: Run, max_steps: int) -> Schedule:
+    """The learning-rate schedule over ``max_steps``."""
+    warm = warmup_steps(max_steps, ratio=run.train.warmup_ratio, steps=run.train.warmup_steps)
+    floor = run.train.min_lr / run.train.learning_rate if run.train.learning_rate else 0.0
+    return Schedule(run.train.lr_scheduler_type, max_steps, warm, min(1.0, floor), run.train.wsd_decay_ratio)
+
+
+def resume(
+    checkpoint: Path, model: nn.Module, optimizers: Optimizers, loader: Loader, store: Store, mesh: Mesh
+) -> Progress:
+    """Put model, optimiser, generators and loader back where ``checkpoint`` was taken."""
+    state = read_trainer_state(checkpoint)
+    if state["max_steps"] != loader.total_steps:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: that run had {state['max_steps']} steps and this one has "
+            f"{loader.total_steps}; the schedule would not be the same. Give the same --max_steps / --num_train_epochs"
+        )
+    loader.restore(state["loader"])
+    tensors.load_tensors(checkpoint, model, optimizers.state(), mesh)
+    store.adopt()
+    return restore(state)
+
+
+def build(run: Run, mesh: Mesh) -> Trainer | None:
+    """A trainer ready to :meth:`~tessera.train.trainer.Trainer.fit`; None after a dry run, which loads no weights."""
+    source = door.describe(run.model)
+    dtype = compute_dtype(run, source, mesh.device)
+    if run.dry_run:
+        train, val = plan_data(run, source, None, mesh)
+        print(screen.dry_plan(run, source, train_loader(run, train, mesh), val), flush=True)
+        return None
+    place = place_of(run, mesh)
+    with ThreadPoolExecutor(1, thread_name_prefix="tessera-plan") as pool:
+        planning = pool.submit(plan_data, run, source, place.run_dir, mesh)
+        model, adaptation = load_model(run, source, mesh, dtype)
+        train, val = planning.result()
+    stage = fsdp.DEFAULT_STAGE if run.parallel.zero_stage is None else run.parallel.zero_stage
+    fsdp.shard(model, source.plan, mesh, stage=stage, compute_dtype=dtype)
+    loader = train_loader(run, train, mesh)
+    groups = adapt.param_groups(model, run.train, adaptation)
+    optimizers = Optimizers(model, groups, run.train, schedule_of(run, loader.total_steps), mesh)
+    writer = checkpoint_writer(run, source, model, adaptation, optimizers, mesh)
+    store = Store(place.run_dir, run.save.save_total_limit, mesh.is_main, mesh.barrier)
+    store.sweep()
+    progress = Progress()
+    if place.resume is not None:
+        progress = resume(place.resume, model, optimizers, loader, store, mesh)
+    if mesh.is_main:
+        write_json(place.run_dir / ARGS_FILE, run.to_json())
+    log = RunLog(
+        place.run_dir,
+        max_steps=loader.total_steps,
+        report_to=run.log.report_to,
+        is_main=mesh.is_main,
+        resumed_step=progress.step,
+        run_name=run.log.run_name,
+    )
+    facts = screen.facts(run, source, model, groups, loader, val, place.run_dir, mesh, dtype.itemsize)
+    if mesh.is_main:
+        facts.save(place.run_dir)
+        print(f"{screen.sample_lines(train)}\n{summary_screen(facts)}", flush=True)
+    return Trainer(
+        engine=Engine(model, next_token(run.train.loss_chunk_size), mesh, dtype, sync_every_microbatch=stage >= 2),
+        optimizers=optimizers,
+        loader=loader,
+        evals=None if val is None else partial(val_loader, run, val, mesh),
+        store=store,
+        log=log,
+        cadence=cadence(run, loader.total_steps, loader.steps_in_epoch(0), has_val=val is not None),
+        write_checkpoint=writer,
+        progress=progress,
+    )
+
+
+def finish(trainer: Trainer, summary: dict[str, Any]) -> None:
+    """Write the last log line and the plots, and say where everything is."""
+    mesh = trainer.engine.mesh
+    if not mesh.is_main:
+        return
+    run_dir = trainer.store.run_dir
+    trainer.log.finish(summary)
+    draw(run_dir)
+    for name in ("last_model_checkpoint", "best_model_checkpoint"):
+        if summary[name]:
+            print(f"{name}: {summary[name]}", flush=True)

@@ -1,0 +1,1 @@
+"""In what order things happen: the step, the optimisers and their schedule, the loop."""

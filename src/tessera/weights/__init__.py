@@ -1,0 +1,1 @@
+"""What tensors are called, and how they lie, outside the running model: Hugging Face directories."""

@@ -1,0 +1,166 @@
+"""The same tiny model twice, ours and transformers', and batches for both: what the parity tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessera.contract.batch import Batch, Grid, Media, Segments
+from tessera.contract.model import Geometry, LossSum, MediaItem
+from tessera.models.families import family_of
+from tessera.models.init import init_weights
+from tessera.models.vlm import VLM
+
+VLMS = ("qwen2_5_vl", "qwen3_vl")
+TEXTS = ("qwen2", "qwen3", "llama")
+Sample = Sequence[int | Grid]
+"""A segment as numbers of text tokens and image grids, in order."""
+
+
+def config_of(name: str, **changes: Any) -> dict[str, Any]:
+    return family_of({"model_type": name}).tiny() | changes
+
+
+def ours(config: dict[str, Any], seed: int = 0) -> VLM:
+    """Our model with random weights. Norms and biases are moved off one and zero so that they matter."""
+    family = family_of(config)
+    with torch.device("meta"):
+        module = family.build(config)
+    model = init_weights(module, config, seed)
+    assert isinstance(model, VLM)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def theirs(config: dict[str, Any], model: nn.Module, implementation: str = "sdpa") -> nn.Module:
+    """transformers' model of ``config`` with the weights of ``model``."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    theirs_config = AutoConfig.for_model(**config)
+    theirs_config._attn_implementation = implementation
+    auto = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+    reference = auto.from_config(theirs_config)
+    missing, unexpected = reference.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    reference.tie_weights()
+    return reference
+
+
+def geometry_of(config: dict[str, Any]) -> Geometry:
+    return family_of(config).geometry(config, {})
+
+
+def segment(config: dict[str, Any], sample: Sample, generator: torch.Generator) -> tuple[Tensor, list[MediaItem]]:
+    """Random tokens of one segment (ids from 10 on, pads from the config) and its media."""
+    geometry, parts, items = geometry_of(config), [], []
+    for part in sample:
+        if isinstance(part, int):
+            parts.append(torch.randint(10, 256, (part,), generator=generator))
+        else:
+            item = MediaItem("image", part)
+            items.append(item)
+            parts.append(torch.full((sum(geometry.slots(item)),), geometry.pad_ids["image"]))
+    return torch.cat(parts), items
+
+
+def batch_of(config: dict[str, Any], samples: Sequence[Sample], seed: int = 0, minimal: bool = False) -> Batch:
+    """The samples packed into one row; all but the last token of each supervised with uneven weights."""
+    geometry = geometry_of(config)
+    generator = torch.Generator().manual_seed(seed)
+    made = [segment(config, sample, generator) for sample in samples]
+    tokens = torch.cat([ids for ids, _ in made])
+    segments = Segments.of([len(ids) for ids, _ in made])
+    targets, weight = torch.roll(tokens, -1), torch.rand(len(tokens), generator=generator) + 0.5
+    weight[segments.cu_seqlens[1:].long() - 1] = 0
+    items = [(owner, item) for owner, (_, listed) in enumerate(made) for item in listed]
+    grids = [item.grid for _, item in items]
+    if minimal and not grids:
+        grids = [geometry.minimal_grid()]
+    batch = Batch(
+        tokens=tokens,
+        targets=targets,
+        loss_weight=weight,
+        positions=torch.cat([geometry.positions(ids, listed) for ids, listed in made], dim=-1),
+        segments=segments,
+        supervised=weight.nonzero().flatten(),
+        weight=float(weight.sum()),
+        sample_ids=tuple(range(len(samples))),
+    )
+    if not grids:
+        return batch
+    inputs, tower_segments = geometry.tower_inputs(grids)
+    size = 3 * geometry.temporal_patch_size * geometry.patch_size**2
+    patches = torch.randint(0, 256, (sum(t * h * w for t, h, w in grids), size), generator=generator).to(torch.uint8)
+    media = Media(
+        patches=patches,
+        grids=torch.tensor(grids),
+        dest=(tokens == geometry.pad_ids["image"]).nonzero().flatten(),
+        sizes=tuple(grids),
+        owners=tuple(owner for owner, _ in items),
+        normalisation=geometry.normalisation,
+        tower=inputs,
+        tower_segments=tower_segments,
+        minimal=not items,
+    )
+    return replace(batch, media=media)
+
+
+def loss(hidden: Tensor, head: Tensor, batch: Batch) -> LossSum:
+    """The weighted sum of cross entropies, as plainly as possible."""
+    logits = F.linear(hidden, head).float()
+    losses = F.cross_entropy(logits, batch.targets, reduction="none")
+    return LossSum((losses * batch.loss_weight).sum(), batch.weight)
+
+
+def logits_of(model: VLM, batch: Batch) -> Tensor:
+    return F.linear(model(batch), model.head_weight)
+
+
+def reference_logits(reference: nn.Module, config: dict[str, Any], batch: Batch) -> Tensor:
+    """transformers' logits ``[T, V]``: one call per segment, nothing packed, its own position computation."""
+    from tessera.models.tower import normalise
+
+    outs, patch_start = [], 0
+    starts = batch.segments.cu_seqlens.tolist()
+    for index, (start, end) in enumerate(pairwise(starts)):
+        ids = batch.tokens[None, start:end]
+        extra: dict[str, Any] = {}
+        media = batch.media
+        sizes = [] if media is None else [g for g, o in zip(media.sizes, media.owners, strict=False) if o == index]
+        if sizes and media is not None:
+            count = sum(t * h * w for t, h, w in sizes)
+            patches = media.patches[patch_start : patch_start + count]
+            patch_start += count
+            extra = {
+                "pixel_values": normalise(patches, media.normalisation),
+                "image_grid_thw": torch.tensor(sizes),
+                "mm_token_type_ids": (ids == geometry_of(config).pad_ids["image"]).int(),
+            }
+        outs.append(reference(input_ids=ids, use_cache=False, **extra).logits[0])
+    return torch.cat(outs)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worst_gradient(mine: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, str]:
+    """Largest difference relative to the tensor's largest entry, and the tensor it occurs in."""
+    assert mine.keys() == reference.keys()
+    # Key biases have no gradient in exact arithmetic (softmax ignores a constant): only rounding noise to compare.
+    ratios = {
+        name: float((mine[name] - grad).abs().max() / grad.abs().max().clamp_min(1e-3))
+        for name, grad in reference.items()
+    }
+    worst = max(ratios, key=lambda name: ratios[name])
+    return ratios[worst], worst

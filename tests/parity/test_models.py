@@ -1,0 +1,40 @@
+"""Our models against transformers' in float32: logits, loss and every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parity import reference as ref
+
+IMAGES: list[ref.Sample] = [[5, (1, 4, 6), 7], [3, (1, 8, 8), 4, (1, 4, 4), 6], [9], [2, (1, 10, 12), 11], [4]]
+TEXT: list[ref.Sample] = [[13], [5], [13], [21], [8], [1]]
+CASES = [(name, {}, IMAGES) for name in ref.VLMS] + [(name, {}, TEXT) for name in ref.TEXTS]
+TIES = [(name, {"tie_word_embeddings": True}, TEXT) for name in ("qwen3", "llama")] + [
+    ("qwen2", {"tie_word_embeddings": False}, TEXT),
+    ("llama", {"attention_bias": True, "mlp_bias": True}, TEXT),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, TEXT),
+    ("qwen3", {"num_key_value_heads": 4}, TEXT),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "samples"), CASES + TIES)
+def test_forward_and_backward(name: str, changes: dict[str, Any], samples: list[ref.Sample]) -> None:
+    config = ref.config_of(name, **changes)
+    model = ref.ours(config)
+    theirs = ref.theirs(config, model)
+    batch = ref.batch_of(config, samples)
+
+    logits, expected = ref.logits_of(model, batch), ref.reference_logits(theirs, config, batch)
+    assert (logits - expected).abs().max() < 2e-6 * expected.abs().max()
+
+    mine = model(batch, ref.loss)
+    mine.total.backward()
+    head = torch.eye(expected.shape[-1])
+    loss = ref.loss(expected, head, batch)
+    loss.total.backward()
+    assert abs(float(mine.total - loss.total)) < 2e-6 * float(loss.total)
+    worst, where = ref.worst_gradient(ref.gradients(model), ref.gradients(theirs))
+    assert worst < 1e-5, where

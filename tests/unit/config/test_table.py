@@ -1,0 +1,74 @@
+"""The table and the typed rooms say the same: names, kinds, and values that fit their types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+import pytest
+
+from tessera.config.flags import FLAGS, ROOMS, VERBS
+from tessera.config.manual import flags_page, verb_help
+from tessera.config.resolve import run_of
+from tessera.config.run import ROOM_CLASSES
+
+TYPES: Mapping[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "list": tuple[str, ...],
+    "json": Mapping[str, str],
+    "steps": int | float,
+    "size": int,
+}
+
+
+def test_every_field_is_a_row_and_every_row_a_field() -> None:
+    for room, kind in ROOM_CLASSES.items():
+        rows = [flag.name for flag in FLAGS if flag.room == room and flag.name != "model_kwargs"]
+        assert rows == [spec.name for spec in fields(kind)], room
+    assert set(ROOM_CLASSES) == set(ROOMS) - {"run", "inert"}
+
+
+def test_kinds_are_the_types_of_the_fields() -> None:
+    rows = {flag.name: flag for flag in FLAGS}
+    for kind in ROOM_CLASSES.values():
+        for name, hint in get_type_hints(kind).items():
+            expected = TYPES[rows[name].kind]
+            assert hint in (expected, expected | None), f"{name}: {hint}"
+
+
+def test_values_of_a_run_have_the_types_of_their_fields() -> None:
+    run = run_of("sft", model="a", dataset=["b"])
+    optional = {
+        name for kind in ROOM_CLASSES.values() for name, hint in get_type_hints(kind).items() if "None" in str(hint)
+    }
+    for flag in FLAGS:
+        if flag.name in run.values():
+            value = run.values()[flag.name]
+            allowed = {"list": tuple, "json": dict, "steps": (int, float), "size": int}.get(flag.kind, TYPES[flag.kind])
+            assert (value is None and flag.name in optional) or isinstance(value, allowed), f"{flag.name}: {value!r}"
+
+
+def test_names_are_unique_and_rows_make_sense() -> None:
+    names = [name for flag in FLAGS for name in (flag.name, *flag.aliases)]
+    assert len(names) == len(set(names))
+    for flag in FLAGS:
+        assert flag.room in ROOMS, flag.name
+        assert set(flag.verbs) | set(flag.defaults) <= set(VERBS), flag.name
+        assert bool(flag.inert) == (flag.room == "inert"), flag.name
+        assert flag.inert or flag.help, flag.name
+        if flag.choices and flag.kind != "list":
+            assert {flag.default, *flag.defaults.values()} - {None} <= set(flag.choices), flag.name
+    assert len(FLAGS) <= 150
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_and_page_hold_every_flag(verb: str) -> None:
+    text = verb_help(verb)
+    for flag in FLAGS:
+        assert (f"--{flag.name}" in text.replace(",", " ").split()) == flag.belongs_to(verb), flag.name
+        assert f"`--{flag.name}`" in flags_page()
+    assert max(map(len, text.splitlines())) <= 110
