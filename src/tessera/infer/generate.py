@@ -113,7 +113,8 @@ class Generator:
         cache = KVCache(len(lengths), max(lengths) + min(max(rows.rooms), _RESERVE))
         hidden = self._model.prefill(prompts.to(self._device), cache)
         while True:
-            tokens = sampler.choose(F.linear(hidden, self._model.head_weight.to(hidden.dtype)))
+            head = self._model.head_weight
+            tokens = sampler.choose(F.linear(hidden.to(head.dtype), head))
             kept = rows.take(tokens.tolist())
             if not kept:
                 return rows.answers()

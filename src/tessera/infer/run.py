@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -62,7 +63,7 @@ def main(run: Run, *, source: TextIO | None = None, sink: TextIO | None = None) 
         sink.write(f"note: {note}\n")
     if path is None:
         types, stream = source.isatty(), run.infer.stream is not False
-        Chat(_Turn(session, run.train.seed), source, sink, stream=stream, types=types).run()
+        Chat(_Turn(session, count(run.train.seed)), source, sink, stream=stream, types=types).run()
         return None
     with Results(path) as results:
         closing = answer_rows(session, chosen, results, sink, run)
@@ -235,10 +236,10 @@ class _Report:
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """Answers one turn of a conversation."""
+    """Answers one turn of a conversation, each with the next of ``seeds``."""
 
     session: Session
-    seed: int
+    seeds: Iterator[int]
 
     def __call__(self, row: dict[str, Any], on_text: Callable[[str], None]) -> str:
         def hear(index: int, piece: str | None) -> None:
@@ -246,7 +247,7 @@ class _Turn:
                 on_text(piece)
 
         try:
-            question = self.session.question(row, seed=self.seed)
+            question = self.session.question(row, seed=next(self.seeds))
             [reply] = self.session.answer([question], hear)
         except BadRow as error:
             raise UserError(str(error)) from None

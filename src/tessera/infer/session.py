@@ -44,6 +44,26 @@ END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
 """Tokens that end a turn in common chat templates, whatever the configuration calls the end of a document."""
 
 
+NOT_OFFERED: Mapping[str, Any] = {
+    "num_beams": 1,
+    "penalty_alpha": 0,
+    "num_beam_groups": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_p": 0,
+    "no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+}
+"""Settings of a ``generation_config.json`` that would change answers but are not implemented, with what is neutral."""
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """A row ready to be answered: its ``prompt`` without the label, the ``labels`` if it brings any, its tokens."""
@@ -84,6 +104,9 @@ class Session:
         limits = _limits(run, source, encoder.renderer, defaults)
         assert isinstance(module, VLM), f"{source.family.name} has no key-value cache"
         session = cls(source, encoder, Generator(module, limits, device), Sampling.of(run.infer, defaults))
+        unused = [key for key, neutral in NOT_OFFERED.items() if defaults.get(key, neutral) not in (neutral, None)]
+        if unused:
+            session.notes.append(f"generation_config.json: {', '.join(unused)} not used; tessera does not offer it")
         if run.infer.max_new_tokens is None:
             session.notes.append(
                 f"answers end after {limits.max_new_tokens} tokens at the latest; --max_new_tokens sets another limit"
@@ -167,6 +190,10 @@ def load(run: Run, source: door.Source, device: torch.device) -> nn.Module:
     module = door.load(source, dtype=dtype_of(name), device=device)
     for adapter in run.model.adapters:
         attach(source, module, adapter, quantisation=quant.requested(run.model, run.adapt))
+    for parameter_name, parameter in module.named_parameters():
+        # Modules that were trained whole come back in float32, which plain layers cannot mix with another dtype.
+        if parameter.is_floating_point() and ".lora_" not in parameter_name:
+            parameter.data = parameter.data.to(dtype_of(name))
     return module.requires_grad_(False).eval()
 
 

@@ -6,7 +6,7 @@ given those, its forward never asks the device a question. Three things around i
 - pixel levels arrive as ``uint8`` and are normalised here, with transformers' own two roundings;
 - attention is registered with transformers' ``AttentionInterface`` under a name that contains "flash", which makes
   the tower pass all images (or windows) in one call: one batched call per length instead of a loop over segments;
-- the patch embedding, a convolution whose stride is its kernel, is computed as a matrix product.
+- the patch embedding, a convolution whose stride is its kernel, is computed as a matrix product, and RMSNorm is ours.
 
 :func:`prepare` does the last two once, :func:`run` is one pass.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tessera.contract.batch import Media, Normalisation
 from tessera.models.attention import Layout, attend, permuted, plan
-from tessera.models.layers import PatchEmbed
+from tessera.models.layers import PatchEmbed, RMSNorm
 
 ATTENTION = "tessera_flash_varlen"
 """Name of our attention in transformers; "flash" in it selects the one-call path."""
@@ -43,8 +43,11 @@ class Features:
         return Features(self.final[:0], tuple(feature[:0] for feature in self.deepstack))
 
 
-def prepare(tower: nn.Module) -> nn.Module:
-    """Make a transformers vision module ready for :func:`run`; parameter names stay as they are."""
+def prepare(tower: nn.Module, norm: type[nn.Module] | None = None) -> nn.Module:
+    """Make a transformers vision module ready for :func:`run`; parameter names stay as they are.
+
+    ``norm`` is the tower's class of RMSNorm, if it has one: ours computes the same with half the operators.
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, _attention)
@@ -53,6 +56,10 @@ def prepare(tower: nn.Module) -> nn.Module:
     config._attn_implementation = ATTENTION
     embed = tower.get_submodule("patch_embed")
     tower.patch_embed = PatchEmbed(embed.get_submodule("proj"))
+    for name, child in list(tower.named_modules()):
+        if norm is not None and isinstance(child, norm):
+            owner, _, leaf = name.rpartition(".")
+            tower.get_submodule(owner).register_module(leaf, RMSNorm(child.weight.shape[0], child.variance_epsilon))
     # Built on the meta device, rotary frequencies would be lost: they are buffers that no checkpoint stores.
     with torch.device("cpu"):
         tower.rotary_pos_emb = type(tower.get_submodule("rotary_pos_emb"))(config)

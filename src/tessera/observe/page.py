@@ -73,6 +73,7 @@ tr:last-child td { border-bottom: 0 } .num { text-align: right; font-variant-num
   white-space: nowrap }
 code, .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 12.5px }
 .missing { color: var(--soft); font-style: italic; margin: 4px 0; font-size: 13px; overflow-wrap: anywhere }
+.named td:first-child { color: var(--soft); white-space: nowrap }
 details summary { cursor: pointer; color: var(--soft) }
 footer { color: var(--soft); font-size: 13px; margin-top: 40px }
 @media print { body { background: #fff } .tile, .chart, .card, .box { break-inside: avoid } }
@@ -148,4 +149,5 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numeric: Seq
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     top = f"<thead><tr>{cells(head, 'th')}</tr></thead>" if head else ""
-    return f"<table>{top}<tbody>{body}</tbody></table>"
+    kind = "" if head else ' class="named"'
+    return f"<table{kind}>{top}<tbody>{body}</tbody></table>"

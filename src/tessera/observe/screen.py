@@ -6,6 +6,7 @@ in ``args.json``). At most 30 lines of 100 columns, aligned.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from tessera.observe.cost import human_count
@@ -69,11 +70,32 @@ def _shortened(text: str, room: int) -> str:
     return text[: room - 1 - half] + "…" + text[len(text) - half :]
 
 
+def _pattern(text: str, room: int) -> str:
+    """A name pattern in at most ``room`` columns: ``{q_proj,k_proj}`` becomes ``{q,k}_proj``, then the front goes."""
+    text = re.sub(r"\{([^{}]*)\}", lambda braces: _factored(braces[1].split(",")), text)
+    while len(text) > room and "." in text.removeprefix("…."):
+        text = "…." + text.removeprefix("….").partition(".")[2]
+    return _shortened(text, room)
+
+
+def _factored(names: Sequence[str]) -> str:
+    """``{...}`` of these names, with what several of them end in written once."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, ending = name.rpartition("_")
+        groups.setdefault(ending, []).append(stem)
+    parts = []
+    for ending, stems in groups.items():
+        whole = [f"{stem}_{ending}" if stem else ending for stem in stems]
+        parts.append(f"{{{','.join(stems)}}}_{ending}" if len(stems) > 1 and all(stems) else ",".join(whole))
+    return parts[0] if len(parts) == 1 and parts[0].startswith("{") else f"{{{','.join(parts)}}}"
+
+
 def _table(modules: Sequence[TrainedModule]) -> list[str]:
     shown = list(modules[:MODULE_ROWS])
     name_room = WIDTH - 40
     body = [
-        (_shortened(row.pattern, name_room), f"{row.tensors:,}", human_count(row.parameters), f"{row.lr:.2e}")
+        (_pattern(row.pattern, name_room), f"{row.tensors:,}", human_count(row.parameters), f"{row.lr:.2e}")
         for row in shown
     ]
     head = ("trained modules", "tensors", "parameters", "lr")

@@ -120,7 +120,8 @@ def compose(written: str, glyphs: Glyphs, generator: np.random.Generator) -> npt
     # One call for all random numbers of a line: there are tens of thousands of lines.
     draws = generator.random(3 * count + 5)
     style, which, jitter = draws[:5].tolist(), draws[5 : 5 + count].tolist(), draws[5 + count :].tolist()
-    chosen = [int(rows[int(u * len(rows))]) for u, rows in zip(which, map(glyphs.rows.__getitem__, written), strict=True)]
+    pools = [glyphs.rows[character] for character in written]
+    chosen = [int(pool[int(u * len(pool))]) for pool, u in zip(pools, which, strict=True)]
     boxes = [(int(glyphs.left[glyph]), int(glyphs.right[glyph])) for glyph in chosen]
     starts, end = [], 0
     for (left, right), u in zip(boxes, jitter, strict=False):
@@ -155,7 +156,13 @@ def png(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 
 def write(
-    folder: Path, name: str, count: int, glyphs: Glyphs, generator: np.random.Generator, lengths: Sequence[int], sums: float
+    folder: Path,
+    name: str,
+    count: int,
+    glyphs: Glyphs,
+    generator: np.random.Generator,
+    lengths: Sequence[int],
+    sums: float,
 ) -> Path:
     """Compose ``count`` rows into ``folder/name.jsonl`` and ``folder/name/*/*.png``; returns the jsonl.
 

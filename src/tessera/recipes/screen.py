@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from tessera import adapt
@@ -80,13 +81,16 @@ def _memory(
     mesh: Mesh,
     itemsize: int,
 ) -> MemoryEstimate:
-    """The estimated peak on one device for a mean microbatch."""
+    """The estimated peak on one device, for the largest microbatch that can occur."""
     train, config = loader.corpus, {**source.config, **source.config.get("text_config", {})}
-    microbatches = max(1, loader.steps_in_epoch(0) * loader.accumulation * loader.world)
+    tokens, patches = (int(np.sort(size)[-loader.units_per_batch :].sum()) for size in (train.lengths, train.patches))
+    if loader.packing and loader.capacity:
+        tokens = loader.capacity * loader.units_per_batch
+        patches = int(train.patches.sum() / max(1, train.lengths.sum()) * tokens)
     work = Work(
-        tokens=int(train.lengths.sum() / microbatches),
+        tokens=tokens,
         vocab=int(config.get("vocab_size", 0)),
-        patches=int(train.patches.sum() / microbatches),
+        patches=patches,
         itemsize=itemsize,
         logits_chunk=run.train.loss_chunk_size,
         accumulation=run.train.gradient_accumulation_steps,

@@ -156,10 +156,33 @@ def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) ->
         return torch.float32 if name in trained else dtype
 
     model = door.load(source, dtype=dtype_for, device=mesh.device, prepare=decide)
-    adaptation = adapt.apply(model, run.adapt, source.plan, seed=run.train.seed, quantisation=quantisation)
+    if run.model.adapters:
+        adaptation = continued(run, source, model, quantisation)
+    else:
+        adaptation = adapt.apply(model, run.adapt, source.plan, seed=run.train.seed, quantisation=quantisation)
     recompute = run.train.gradient_checkpointing, run.train.vit_gradient_checkpointing
     cast(VLM, model).set_recompute(source.plan, decoder=recompute[0], tower=recompute[1])
     return model, adaptation
+
+
+def continued(
+    run: Run, source: door.Source, model: nn.Module, quantisation: adapt.Quantisation | None
+) -> adapt.Adaptation:
+    """Go on training the adapter of ``--adapters``, as its own file describes it."""
+    if run.adapt.train_type != "lora" or len(run.model.adapters) != 1:
+        raise UserError(
+            f"--adapters {' '.join(run.model.adapters)}: training goes on with one adapter and --train_type lora; "
+            "to train the weights, merge it first (tessera export --merge_lora true)"
+        )
+    quantised = adapt.quant.quantise(model, source.plan.groups, quantisation) if quantisation else ()
+    return adapt.load_adapter(
+        model,
+        run.model.adapters[0],
+        source.plan.groups,
+        trainable=True,
+        lorap_lr_ratio=run.adapt.lorap_lr_ratio,
+        quantised=quantised,
+    )
 
 
 def checkpoint_writer(

@@ -13,6 +13,7 @@ conventional exit code 128 + signal. A later second signal ends the process; not
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -256,7 +257,8 @@ class Trainer:
         def ask(number: int, frame: FrameType | None) -> None:
             if not self._signal:
                 self._signal, self._signalled = number, time.monotonic()
-                self.log.write(f"Signal {number}: saving a checkpoint after this step, then stopping; again to kill")
+                # Not print: the signal may have arrived in the middle of one.
+                os.write(2, b"\nstopping: a checkpoint will be saved after this step (again to stop at once)\n")
             elif time.monotonic() - self._signalled > REPEAT_S:
                 for which, handler in previous.items():
                     signal.signal(which, handler)

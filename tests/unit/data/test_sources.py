@@ -35,7 +35,9 @@ def test_paths_come_first(tmp_path: Path) -> None:
     odd.write_text(json.dumps(ROWS[0]))
     assert parse_dataset_spec(str(odd)) == DatasetSpec(str(odd), str(odd))
     assert parse_dataset_spec(f"{odd}#2").sample == 2
-    assert parse_dataset_spec(f"{odd}:sub#2").name == str(odd)
+    plain = tmp_path / "a#3.jsonl"
+    plain.write_text(json.dumps(ROWS[0]))
+    assert parse_dataset_spec(f"{plain}:sub#2") == DatasetSpec(f"{plain}:sub#2", str(plain), ("sub",), 2)
 
 
 @pytest.mark.parametrize("text", ["x/y#many", "x/y#0", "#5", "", "./missing.jsonl", "/no/such/dir", "ms::a/b"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tessera.config.errors import UserError
@@ -202,8 +203,33 @@ def test_load_data_args_finds_the_validation_rows_of_training(dataset: Path, tmp
     assert [row.get("images") for row in answered] == [row.get("images") for row in held]
 
 
+def test_load_data_args_of_an_adapter(dataset: Path, tmp_path: Path) -> None:
+    """Base model, dataset and pixel limits all come from the adapter's directory, and so do the results."""
+    from tessera import adapt
+    from tessera.checkpoint import open as door
+
+    base = save_checkpoint(tmp_path / "base", "qwen3_vl")
+    adapter = tmp_path / "v0-20260101-000000" / "checkpoint-3"
+    training = run_of("sft", model=str(base), val_dataset=(str(dataset),), dataset=(str(dataset),), max_pixels=4096)
+    source = door.describe(training.model)
+    module = door.load(source, dtype=torch.float32, device=torch.device("cpu"))
+    adaptation = adapt.apply(module, training.adapt, source.plan, seed=1)
+    adapt.save_adapter(module, adaptation, adapter, base_model=str(base))
+    (adapter / "args.json").write_text(json.dumps(training.to_json()))
+    run = resolved("--adapters", str(adapter), "--load_data_args", "true", "--max_new_tokens", "3")
+    out = main(run, sink=io.StringIO())
+    assert out is not None
+    assert out.parent == adapter / "infer_result"
+    assert len(read_results(out)) == 12
+    # A fresh adapter changes nothing.
+    asked = ("--model", str(base), "--val_dataset", str(dataset), "--max_new_tokens", "3")
+    same = main(resolved(*asked, MAX_PIXELS="4096"), sink=io.StringIO())
+    assert same is not None
+    assert read_results(same) == read_results(out)
+
+
 def test_load_data_args_without_any(model: Path) -> None:
-    with pytest.raises(UserError, match="--load_data_args true: the args.json"):
+    with pytest.raises(UserError, match="--load_data_args true"):
         main(resolved("--model", str(model), "--load_data_args", "true"), sink=io.StringIO())
 
 

@@ -62,10 +62,10 @@ def test_adapter_without_merging(base: Path, tmp_path: Path) -> None:
         opened("--adapters", str(adapter), str(adapter))
 
 
-@pytest.mark.parametrize("with_adapter", [False, True])
-def test_weights_are_cast_once(base: Path, tmp_path: Path, with_adapter: bool) -> None:
+@pytest.mark.parametrize("flags", [None, {}, {"use_dora": True}, {"modules_to_save": ("embed_tokens", "lm_head")}])
+def test_weights_are_cast_once(base: Path, tmp_path: Path, flags: dict[str, Any] | None) -> None:
     """bfloat16 without autocast: logits near those of float32, adapters still float32."""
-    adapters = (str(adapter_of(base, tmp_path / "a")),) if with_adapter else ()
+    adapters = (str(adapter_of(base, tmp_path / "a", **flags)),) if flags is not None else ()
     batch = ref.batch_of(ref.config_of("qwen3"), [[13], [5]])
     logits = {}
     for dtype in ("float32", "bfloat16"):
@@ -105,6 +105,11 @@ def test_generation_config_decides_where_no_flag_does(tmp_path: Path) -> None:
     assert str(session.sampling) == "temperature 0.5, top_p 0.9, repetition_penalty 1.1"
     assert 9 in session.generator.limits.stop_ids
     assert opened("--model", str(base), "--temperature", "0").sampling.greedy
+    assert not session.notes
+    (base / "generation_config.json").write_text(json.dumps({"num_beams": 4, "min_length": 0}))
+    assert opened("--model", str(base)).notes == [
+        "generation_config.json: num_beams not used; tessera does not offer it"
+    ]
 
 
 def test_question_separates_prompt_and_label(base: Path) -> None:

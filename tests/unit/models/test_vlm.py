@@ -120,7 +120,9 @@ def test_minimal_frame_changes_nothing_and_reaches_every_parameter(name: str, le
     framed = ref.batch_of(config, PLAIN, minimal=True)
     assert framed.media is not None and framed.media.minimal
     expected, _ = trained(model, plain)
-    last = model.get_parameter("model.visual.merger.mlp.2.bias" if name == "qwen2_5_vl" else "model.visual.merger.norm.bias")
+    last = model.get_parameter(
+        "model.visual.merger.mlp.2.bias" if name == "qwen2_5_vl" else "model.visual.merger.norm.bias"
+    )
     with torch.no_grad():
         last.mul_(level)
     total, grads = trained(model, framed)

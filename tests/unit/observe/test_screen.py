@@ -76,3 +76,10 @@ def test_facts_survive_their_file(tmp_path: Path) -> None:
 def test_versions_and_hardware() -> None:
     assert {"python", "torch"} <= set(versions())
     assert "core" in hardware() or " x " in hardware()
+
+
+def test_long_patterns_keep_what_tells_them_apart() -> None:
+    names = "{q_proj,k_proj,v_proj,o_proj,q_norm,k_norm}"
+    row = TrainedModule(f"model.language_model.layers.*.self_attn.{names}", 18, 1000, 1e-4)
+    text = summary_screen(replace(FACTS, modules=(row,)))
+    assert ".layers.*.self_attn.{{q,k,v,o}_proj,{q,k}_norm} " in text

@@ -122,7 +122,9 @@ def _uneven(name: str) -> torch.dtype:
 def test_source_type_wins_and_may_be_overridden(tmp_path: Path) -> None:
     """Norms in float32 beside bfloat16 matrices stay so; an explicit dtype changes floating tensors and config.json."""
     config = ref.config_of("llama", torch_dtype="bfloat16")
-    state = {k: v.to(torch.float32 if "norm" in k else torch.bfloat16) for k, v in ref.ours(config).state_dict().items()}
+    state = {
+        k: v.to(torch.float32 if "norm" in k else torch.bfloat16) for k, v in ref.ours(config).state_dict().items()
+    }
     source = hub_directory(tmp_path / "in", config, state, "100KB")
     model, table = loaded(source, config, _uneven)
     assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
@@ -224,7 +226,7 @@ def test_library_reads_what_we_write_without_a_source(tmp_path: Path) -> None:
 def test_loading_overwrites_real_parameters_in_place(tmp_path: Path) -> None:
     source, config = checkpoint_of(tmp_path / "in", "qwen2", torch.float32)
     model = ref.ours(config, seed=9)
-    before = {name: p for name, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     load(model, Checkpoint(source), WeightMap(), dtype=torch.float32)
     expected = ref.ours(config).state_dict()
     for name, parameter in model.named_parameters():

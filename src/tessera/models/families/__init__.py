@@ -20,15 +20,17 @@ FAMILIES: dict[str, str] = {
 }
 """``model_type`` of a config.json -> "module:attribute" of its family."""
 
+FALLBACK = "tessera.models.families.fallback:FAMILY"
+
 
 def family_of(config: HFConfig) -> Family:
-    """The family of a checkpoint's ``config.json``; UserError if it has none."""
+    """The family of a checkpoint's ``config.json``; the fallback for any other with a vision tower."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UserError("config.json has no model_type: is --model the directory of a Hugging Face checkpoint?")
-    if model_type not in FAMILIES:
+    if model_type not in FAMILIES and "vision_config" not in config:
         raise UserError(f"config.json: model_type {model_type!r} is not supported ({', '.join(FAMILIES)})")
-    module, attribute = FAMILIES[model_type].split(":")
+    module, attribute = FAMILIES.get(model_type, FALLBACK).split(":")
     family = vars(import_module(module))[attribute]
     assert isinstance(family, Family)
     return family

@@ -37,7 +37,7 @@ def build(config: HFConfig) -> nn.Module:
         mlp_bias=False,
         qk_norm=False,
     )
-    return VLM(decoder, prepare(tower))
+    return VLM(decoder, prepare(tower, norm=modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm))
 
 
 def geometry(config: HFConfig, preprocessor: Mapping[str, Any]) -> Geometry:
