@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tessera.config.errors import UserError
-from tests.resume.job import assert_identical, log_rows, make, run, start
+from tests.resume.job import assert_identical, log_rows, make, run, start, tensors
 
 JOBS = {
     "full-vl": ("qwen3_vl", ["--train_type", "full", "--freeze_vit", "false"]),
@@ -133,3 +133,7 @@ def test_two_ranks_resume_as_one_in_data_order(tmp_path: Path) -> None:
         for key in ("loss", "eval_loss", "grad_norm"):
             if key in other:
                 assert mine[key] == pytest.approx(other[key], rel=1e-4)
+    weights, expected = tensors(killed / "checkpoint-8"), tensors(straight / "checkpoint-8")
+    assert weights.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (weights[name] - value).abs().max() < 1e-3, name

@@ -116,16 +116,16 @@ class ChatTemplate:
             raise BadRow(f"the chat template refuses the conversation: {error}") from None
 
     def _probe(self) -> tuple[str, str]:
-        """Header and suffix of an assistant turn; two empty strings if turns are not built that way."""
+        """Header and suffix of an assistant turn; no header if there is more to a turn than these and its content."""
         user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}
         try:
             before, prompt = self.render([user]), self.render([user], generation_prompt=True)
             whole = self.render([user, answer])
         except BadRow:
             return "", ""
-        if not prompt.startswith(before) or not whole.startswith(prompt + _PROBE):
-            return "", ""
-        return prompt[len(before) :], whole[len(prompt) + len(_PROBE) :]
+        suffix = whole.rpartition(_PROBE)[2] if _PROBE in whole else ""
+        simple = prompt.startswith(before) and whole == prompt + _PROBE + suffix
+        return prompt[len(before) :] if simple else "", suffix
 
     def _literal(self, text: str, messages: Sequence[Mapping[str, Any]], answers: Sequence[int]) -> list[Span]:
         """Spans found as header + content + suffix; empty if the template is not that simple for this row."""

@@ -56,10 +56,11 @@ def prepare(tower: nn.Module, norm: type[nn.Module] | None = None) -> nn.Module:
     config._attn_implementation = ATTENTION
     embed = tower.get_submodule("patch_embed")
     tower.patch_embed = PatchEmbed(embed.get_submodule("proj"))
-    for name, child in list(tower.named_modules()):
-        if norm is not None and isinstance(child, norm):
-            owner, _, leaf = name.rpartition(".")
-            tower.get_submodule(owner).register_module(leaf, RMSNorm(child.weight.shape[0], child.variance_epsilon))
+    for owner in list(tower.modules()):
+        for leaf, child in list(owner.named_children()):
+            if norm is not None and isinstance(child, norm):
+                old: Any = child
+                owner.register_module(leaf, RMSNorm(old.weight.shape[0], old.variance_epsilon))
     # Built on the meta device, rotary frequencies would be lost: they are buffers that no checkpoint stores.
     with torch.device("cpu"):
         tower.rotary_pos_emb = type(tower.get_submodule("rotary_pos_emb"))(config)

@@ -34,7 +34,7 @@ class Whole(nn.Module):
         super().__init__()
         children = dict(parts.named_children())
         head = children.get("lm_head")
-        if children.keys() != {"model", "lm_head"} or not isinstance(head, nn.Linear) or head.bias is not None:
+        if children.keys() != {"model", "lm_head"} or not isinstance(head, nn.Linear) or len(head.state_dict()) != 1:
             raise UserError(
                 f"{type(parts).__name__} is not a transformers model of the form (model, lm_head without bias); "
                 "it cannot be trained here"

@@ -26,7 +26,15 @@ from torch import nn
 from tessera import adapt
 from tessera.checkpoint import open as door
 from tessera.checkpoint import state as tensors
-from tessera.checkpoint.store import Store, new_run_dir, read_trainer_state, resolve_resume, step_of, write_json
+from tessera.checkpoint.store import (
+    Store,
+    checkpoints,
+    new_run_dir,
+    read_trainer_state,
+    resolve_resume,
+    step_of,
+    write_json,
+)
 from tessera.config.errors import UserError
 from tessera.config.run import Run
 from tessera.contract.model import dtype_of
@@ -90,8 +98,13 @@ def place_of(run: Run, mesh: Mesh) -> Place:
         run_dir = resume.resolve().parent
     else:
         now = time.strftime("%Y%m%d-%H%M%S")
-        made = new_run_dir(Path(run.save.output_dir), now, add_version=run.save.add_version) if mesh.is_main else None
-        found = mesh.broadcast(made)
+        output = Path(run.save.output_dir)
+        if not run.save.add_version and checkpoints(output):
+            raise UserError(
+                f"--output_dir {output} holds checkpoints of another run; go on with --resume_from_checkpoint true, "
+                "choose another directory, or let --add_version make one"
+            )
+        found = mesh.broadcast(new_run_dir(output, now, add_version=run.save.add_version) if mesh.is_main else None)
         assert found is not None
         run_dir = found
     return Place(run_dir, resume)
@@ -139,11 +152,18 @@ def cadence(run: Run, max_steps: int, steps_per_epoch: int, *, has_val: bool) ->
     )
 
 
+def stage_of(run: Run) -> int:
+    """The ZeRO stage that ``--deepspeed`` or ``--fsdp`` asks for, or the default."""
+    return fsdp.DEFAULT_STAGE if run.parallel.zero_stage is None else run.parallel.zero_stage
+
+
 def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) -> tuple[nn.Module, adapt.Adaptation]:
-    """The model with its weights, adapted and with recomputation set, not yet sharded.
+    """The model with its weights, adapted, with recomputation set, and sharded over the mesh.
 
     What is trained is kept in float32 and what is frozen in ``dtype``; matrix products run in ``dtype`` either way.
+    In full training the empty model is sharded first, so that each rank reads only its own bytes of every file.
     """
+    stage = stage_of(run)
     quantisation = adapt.quant.requested(run.model, run.adapt)
     trained: set[str] = set()
 
@@ -151,6 +171,7 @@ def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) ->
         if run.adapt.train_type == "full":
             adapt.trainable.freeze(module, run.adapt, source.plan.groups)
             trained.update(name for name, p in module.named_parameters() if p.requires_grad)
+            fsdp.shard(module, source.plan, mesh, stage=stage, compute_dtype=dtype)
 
     def dtype_for(name: str) -> torch.dtype:
         return torch.float32 if name in trained else dtype
@@ -160,6 +181,8 @@ def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) ->
         adaptation = continued(run, source, model, quantisation)
     else:
         adaptation = adapt.apply(model, run.adapt, source.plan, seed=run.train.seed, quantisation=quantisation)
+    if run.adapt.train_type != "full":
+        fsdp.shard(model, source.plan, mesh, stage=stage, compute_dtype=dtype)
     recompute = run.train.gradient_checkpointing, run.train.vit_gradient_checkpointing
     cast(VLM, model).set_recompute(source.plan, decoder=recompute[0], tower=recompute[1])
     return model, adaptation
@@ -283,8 +306,6 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
         planning = pool.submit(plan_data, run, source, place.run_dir, mesh)
         model, adaptation = load_model(run, source, mesh, dtype)
         train, val = planning.result()
-    stage = fsdp.DEFAULT_STAGE if run.parallel.zero_stage is None else run.parallel.zero_stage
-    fsdp.shard(model, source.plan, mesh, stage=stage, compute_dtype=dtype)
     loader = train_loader(run, train, mesh)
     groups = adapt.param_groups(model, run.train, adaptation)
     optimizers = Optimizers(model, groups, run.train, schedule_of(run, loader.total_steps), mesh)
@@ -309,7 +330,9 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
         facts.save(place.run_dir)
         print(f"{screen.sample_lines(train)}\n{summary_screen(facts)}", flush=True)
     return Trainer(
-        engine=Engine(model, next_token(run.train.loss_chunk_size), mesh, dtype, sync_every_microbatch=stage >= 2),
+        engine=Engine(
+            model, next_token(run.train.loss_chunk_size), mesh, dtype, sync_every_microbatch=stage_of(run) >= 2
+        ),
         optimizers=optimizers,
         loader=loader,
         evals=None if val is None else partial(val_loader, run, val, mesh),

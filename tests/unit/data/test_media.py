@@ -156,7 +156,9 @@ def test_colour_modes_become_rgb_as_in_transformers(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"exif": b"Exif\0\0" + b"x" * 9000}])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"exif": b"Exif\0\0" + b"x" * 9000}]
+)
 def test_jpeg_variants_equal_pil(mode: str, options: dict[str, object]) -> None:
     data = encoded(picture(mode, (123, 77)), "JPEG", **options)
     assert media.probe(data) == (77, 123)

@@ -117,7 +117,14 @@ def test_loss_scale_all_leaves_out_only_pads_and_the_first_token(directory: Path
 
 
 def test_messages_have_the_last_word(directory: Path) -> None:
-    turns = [("q", None), ("no", {"loss": False}), ("q", None), ("half", {"loss_scale": 0.5}), ("q", None), ("yes", None)]
+    turns = [
+        ("q", None),
+        ("no", {"loss": False}),
+        ("q", None),
+        ("half", {"loss_scale": 0.5}),
+        ("q", None),
+        ("yes", None),
+    ]
     messages = [{"role": ("user", "assistant")[i % 2], "content": c, **(x or {})} for i, (c, x) in enumerate(turns)]
     renderer = renderer_of(directory)
     encoded = encode(renderer, normalise({"messages": messages}))
@@ -153,7 +160,10 @@ def test_plain_text_ends_the_document(directory: Path) -> None:
 def test_measure_equals_encode(directory: Path) -> None:
     for loss_scale in ("default", "all"):
         renderer = renderer_of(directory, loss_scale=loss_scale)
-        samples = [sample_of("<image>q", "a" * n, images=["a.jpg"]) for n in (1, 9)] + [sample_of("q", "x"), sample_of("q", "x")]
+        samples = [sample_of("<image>q", "a" * n, images=["a.jpg"]) for n in (1, 9)] + [
+            sample_of("q", "x"),
+            sample_of("q", "x"),
+        ]
         rendered = [renderer.render(sample, [IMAGE]) for sample in samples]
         lengths = [length for length, _ in renderer.measure(rendered)]
         assert lengths == [len(renderer.encode(each).tokens) for each in rendered]

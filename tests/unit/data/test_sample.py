@@ -133,10 +133,15 @@ def test_loss_keys() -> None:
 def test_tools_in_three_dialects() -> None:
     function = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     own = [ASK, {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'}]
-    openai = [ASK, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]}]
+    openai = [
+        ASK,
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
+    ]
     anthropic = [ASK, {"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": {"x": 1}}]}]
     for start in (own, openai, anthropic):
-        messages = normalise({"messages": [*start, {"role": "tool", "content": "ok"}, SAY], "tools": '[{"name": "f"}]'}).messages
+        messages = normalise(
+            {"messages": [*start, {"role": "tool", "content": "ok"}, SAY], "tools": '[{"name": "f"}]'}
+        ).messages
         assert messages[1] == Message("assistant", "", None, (function,))
         assert messages[2] == Message("tool", "ok")
     merged = normalise({"messages": [ASK, own[1], own[1], {"role": "tool_response", "content": "ok"}, SAY]})

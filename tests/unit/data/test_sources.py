@@ -13,7 +13,7 @@ from tessera.data.sample import BadRow
 from tessera.data.sources import DatasetSpec, open_rows, parse_dataset_spec, sample_rows, split_rows
 from tessera.data.tables import Lines, Parquet, Rows
 
-ROWS = [{"query": f"q{i}", "response": f"a{i}, \"quoted\"\nline"} for i in range(7)]
+ROWS = [{"query": f"q{i}", "response": f'a{i}, "quoted"\nline'} for i in range(7)]
 
 
 @pytest.mark.parametrize(

@@ -182,10 +182,11 @@ def geometry(config: HFConfig, preprocessor: Mapping[str, Any]) -> Geometry:
     square = (
         isinstance(size, int) and isinstance(wanted, Mapping) and wanted.get("height") == wanted.get("width") == size
     )
-    if not square or preprocessor.get("do_center_crop", False):
+    crop = preprocessor.get("do_center_crop", False)
+    if not square or crop:
         raise UserError(
-            f"preprocessor_config.json: size {wanted}, do_center_crop {preprocessor.get('do_center_crop', False)} is not "
-            f'supported for this model; set size to {{"height": {size}, "width": {size}}} and do_center_crop to false'
+            f"preprocessor_config.json: size {wanted} with do_center_crop {crop} is not supported for this model; "
+            f'set size to {{"height": {size}, "width": {size}}} and do_center_crop to false'
         )
     return SquareGeometry(
         patch_size=size,
