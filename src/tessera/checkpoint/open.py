@@ -21,7 +21,7 @@ from torch import nn
 
 from tessera.config.errors import UserError
 from tessera.config.run import ModelArgs
-from tessera.contract.model import Family, Geometry
+from tessera.contract.model import Family, Geometry, dtype_of
 from tessera.contract.plan import Plan
 from tessera.contract.weightmap import WeightMap
 from tessera.models.families import family_of
@@ -109,6 +109,33 @@ def describe(args: ModelArgs) -> Source:
     checkpoint = Checkpoint(path)
     weightmap = family.weightmap(config, list(checkpoint.names))
     return Source(path, config, preprocessor, family, geometry, family.plan(config), checkpoint, weightmap)
+
+
+def compute_dtype(source: Source, asked: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: ``--torch_dtype`` if asked for, else the checkpoint's own where it is fast.
+
+    CPUs have no half precision worth the name, and most have no bfloat16 units either; without being asked, those
+    compute in float32 (weights are still written in the checkpoint's dtype).
+    """
+    name = (asked or source.dtype_name).removeprefix("torch.")
+    if device.type != "cpu" or name == "float32":
+        return dtype_of(name)
+    if asked is None:
+        return torch.bfloat16 if name == "bfloat16" and _has_bfloat16_units() else torch.float32
+    if name == "float16":
+        raise UserError("--torch_dtype float16: CPUs have no fast half precision; use bfloat16 or float32")
+    return dtype_of(name)
+
+
+def slow_on(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why computing in ``dtype`` on ``device`` is a bad idea, None if it is not."""
+    if device.type == "cpu" and dtype == torch.bfloat16 and not _has_bfloat16_units():
+        return "this CPU has no bfloat16 units; float32 would be many times faster"
+    return None
+
+
+def _has_bfloat16_units() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def load(

@@ -27,7 +27,6 @@ from tessera.adapt import lora, quant
 from tessera.checkpoint import open as door
 from tessera.config.errors import UserError
 from tessera.config.run import Run
-from tessera.contract.model import dtype_of
 from tessera.data.collate import Materialised, collate
 from tessera.data.encode import Encoder
 from tessera.data.render import Encoded, Renderer
@@ -181,19 +180,17 @@ class Session:
 
 def load(run: Run, source: door.Source, device: torch.device) -> nn.Module:
     """The model of ``source`` with ``run``'s adapter beside its weights, frozen, in the dtype it computes in."""
-    name = (run.model.torch_dtype or source.dtype_name).removeprefix("torch.")
-    if name == "float16" and device.type == "cpu":
-        raise UserError("--torch_dtype float16: CPUs have no fast half precision; use bfloat16 or float32")
     if len(run.model.adapters) > 1:
         raise UserError(f"--adapters: one adapter at a time, got {len(run.model.adapters)}")
     # Weights are cast once, here, and not by autocast in every step; adapters keep their float32.
-    module = door.load(source, dtype=dtype_of(name), device=device)
+    dtype = door.compute_dtype(source, run.model.torch_dtype, device)
+    module = door.load(source, dtype=dtype, device=device)
     for adapter in run.model.adapters:
         attach(source, module, adapter, quantisation=quant.requested(run.model, run.adapt))
     for parameter_name, parameter in module.named_parameters():
         # Modules that were trained whole come back in float32, which plain layers cannot mix with another dtype.
         if parameter.is_floating_point() and ".lora_" not in parameter_name:
-            parameter.data = parameter.data.to(dtype_of(name))
+            parameter.data = parameter.data.to(dtype)
     return module.requires_grad_(False).eval()
 
 

@@ -110,25 +110,6 @@ def place_of(run: Run, mesh: Mesh) -> Place:
     return Place(run_dir, resume)
 
 
-def compute_dtype(run: Run, source: door.Source, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: ``--torch_dtype``, else the checkpoint's own where this machine is fast in it."""
-    name = (run.model.torch_dtype or source.dtype_name).removeprefix("torch.")
-    if name == "float32" or device.type != "cpu":
-        return dtype_of(name)
-    if run.model.torch_dtype is None and not (name == "bfloat16" and cpu_has_bfloat16()):
-        return torch.float32
-    if name == "float16":
-        raise UserError("--torch_dtype float16: CPUs have no fast half precision; use bfloat16 or float32")
-    if not cpu_has_bfloat16():
-        screen.note("--torch_dtype bfloat16: this CPU has no bfloat16 units; float32 would be many times faster")
-    return dtype_of(name)
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 def cadence(run: Run, max_steps: int, steps_per_epoch: int, *, has_val: bool) -> Cadence:
     """Step numbers at which to log, evaluate and save; strategies and shares of the run become numbers here."""
 
@@ -296,7 +277,9 @@ def resume(
 def build(run: Run, mesh: Mesh) -> Trainer | None:
     """A trainer ready to :meth:`~tessera.train.trainer.Trainer.fit`; None after a dry run, which loads no weights."""
     source = door.describe(run.model)
-    dtype = compute_dtype(run, source, mesh.device)
+    dtype = door.compute_dtype(source, run.model.torch_dtype, mesh.device)
+    if mesh.is_main and door.slow_on(mesh.device, dtype):
+        screen.note(f"--torch_dtype {run.model.torch_dtype}: {door.slow_on(mesh.device, dtype)}")
     if run.dry_run:
         train, val = plan_data(run, source, None, mesh)
         print(screen.dry_plan(run, source, train_loader(run, train, mesh), val), flush=True)
