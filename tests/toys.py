@@ -23,16 +23,15 @@ SPECIAL = (
 IMAGE_PAD, VIDEO_PAD = SPECIAL.index("<|image_pad|>"), SPECIAL.index("<|video_pad|>")
 VOCABULARY = 512
 
-_MEDIA = (
-    "{%- macro show(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}{%- for part in content -%}"
+_TURNS = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
     "{%- if part.type == 'image' or 'image' in part or 'image_url' in part -%}"
     "<|vision_start|><|image_pad|><|vision_end|>"
     "{%- elif part.type == 'video' or 'video' in part -%}<|vision_start|><|video_pad|><|vision_end|>"
-    "{%- elif 'text' in part -%}{{- part.text -}}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}\n"
-)
-_TURNS = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message.role + '\\n' -}}{{- show(message.content) -}}{{- '<|im_end|>\\n' -}}"
+    "{%- elif 'text' in part -%}{{- part.text -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
@@ -41,11 +40,11 @@ _DEFAULT_SYSTEM = (
     "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}{%- endif -%}\n"
 )
 TEMPLATES: Mapping[str, str] = {
-    "qwen2_5_vl": _MEDIA + _DEFAULT_SYSTEM + _TURNS,
-    "qwen3_vl": _MEDIA + _TURNS,
-    "qwen2": _MEDIA + _DEFAULT_SYSTEM + _TURNS,
-    "qwen3": _MEDIA + _TURNS,
-    "llama": _MEDIA + _TURNS,
+    "qwen2_5_vl": _DEFAULT_SYSTEM + _TURNS,
+    "qwen3_vl": _TURNS,
+    "qwen2": _DEFAULT_SYSTEM + _TURNS,
+    "qwen3": _TURNS,
+    "llama": _TURNS,
 }
 """Chat templates shaped like the families': ChatML, with or without a default system turn."""
 

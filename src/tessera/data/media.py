@@ -164,15 +164,16 @@ def _named(source: ImageRef) -> str:
 
 def _probe_file(path: str) -> tuple[int, int]:
     try:
-        with open(path, "rb", buffering=0) as file:
-            head = file.read(_HEAD)
-            size = _probe_head(head)
-            if size is None and head.startswith(_JPEG):
-                size = _probe_head(head + file.readall())  # a long EXIF or colour profile block
-            if size is None:
-                file.seek(0)
-                size = _probe_pil(file)
-            return size
+        file = os.open(path, os.O_RDONLY)
+        try:
+            head = os.read(file, _HEAD)
+        finally:
+            os.close(file)
+        size = _probe_head(head)
+        if size is None:  # another format, or a long EXIF block in front
+            data = load(path)
+            size = _probe_head(data) or _probe_pil(io.BytesIO(data))
+        return size
     except OSError as error:
         raise _unreadable(path, error) from None
 

@@ -109,14 +109,11 @@ class Renderer:
         if sample.plain:
             text = "".join(message["content"] for message in messages)
             return self._complete([(text, 1.0)], media, slots, plain=True)
-        text, spans = self.template.spans(messages, sample.tools)
+        found = self.template.pieces(messages, sample.tools)
         weights = self._weights([*self._system(sample), *sample.messages])
         rest = 1.0 if self.loss_scale == "all" else 0.0
-        pieces, done = [], 0
-        for (start, end), weight in zip(spans, weights, strict=True):
-            pieces += [(text[done:start], rest), (text[start:end], weight)]
-            done = end
-        return self._complete([*pieces, (text[done:], rest)], media, slots)
+        pieces = [(text, rest if answer is None else weights[answer]) for text, answer in found]
+        return self._complete(pieces, media, slots)
 
     def prompt(self, sample: Sample, images: Sequence[Medium] = (), videos: Sequence[Medium] = ()) -> Rendered:
         """The conversation without its final answer, ended by the template's generation prompt."""

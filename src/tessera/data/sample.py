@@ -115,15 +115,15 @@ class Sample:
 
 def normalise(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, *, need_answer: bool = True) -> Sample:
     """The :class:`Sample` in ``row``; BadRow says why there is none. ``need_answer``: it must end with an answer."""
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         raise BadRow(f"a row must be an object, not {type(row).__name__}")
     fields = _fields(row, columns or {})
     for name, reason in _LATER.items():
         if fields.get(name):
             raise BadRow(reason)
     media = _Media()
-    messages = _messages(fields, media)
-    messages = _checked(messages, need_answer)
+    messages = _merged(_messages(fields, media))
+    _check(messages, need_answer)
     return media.sample(messages, fields)
 
 
@@ -196,6 +196,8 @@ def _turn(turn: Mapping[str, Any], media: _Media) -> list[Message]:
     if known is None:
         raise BadRow(f"unknown role {role!r}")
     content = turn.get("content", turn.get("value"))
+    if len(turn) == 2 and known != "tool_call" and isinstance(content, str):  # nothing but role and content
+        return [Message(known, media.scan(content))]
     weight = _weight(turn)
     if known == "tool_call":
         return [Message("assistant", "", weight, (_call(_json(content, "tool_call")),))]
@@ -262,8 +264,10 @@ def _call(call: Any) -> Mapping[str, Any]:
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _checked(messages: list[Message], need_answer: bool) -> list[Message]:
-    """``messages`` with tool calls in a row merged into one turn, if they are a conversation at all."""
+def _merged(messages: list[Message]) -> list[Message]:
+    """``messages`` with tool calls in a row merged into one turn."""
+    if not any(message.tool_calls for message in messages):
+        return messages
     merged: list[Message] = []
     for message in messages:
         before = merged[-1] if merged else None
@@ -272,15 +276,20 @@ def _checked(messages: list[Message], need_answer: bool) -> list[Message]:
             merged[-1] = Message("assistant", text, before.loss, before.tool_calls + message.tool_calls)
         else:
             merged.append(message)
-    if any(message.role == "system" for message in merged[1:]):
-        raise BadRow("a system message must come first, and only once")
-    if all(message.role == "system" for message in merged):
-        raise BadRow("no messages")
-    if need_answer and not any(message.role == "assistant" for message in merged):
-        raise BadRow("no assistant turn")
-    if need_answer and merged[-1].role != "assistant":
-        raise BadRow("the last message is not from the assistant")
     return merged
+
+
+def _check(messages: list[Message], need_answer: bool) -> None:
+    """BadRow unless ``messages`` are a conversation."""
+    roles = [message.role for message in messages]
+    if "system" in roles[1:]:
+        raise BadRow("a system message must come first, and only once")
+    if not roles or roles == ["system"]:
+        raise BadRow("no messages")
+    if need_answer and "assistant" not in roles:
+        raise BadRow("no assistant turn")
+    if need_answer and roles[-1] != "assistant":
+        raise BadRow("the last message is not from the assistant")
 
 
 class _Media:
@@ -327,13 +336,15 @@ class _Media:
 
     def sample(self, messages: list[Message], fields: Mapping[str, Any]) -> Sample:
         """The sample, with the row's media columns dealt out to the tags."""
-        lists: dict[str, list[Any]] = {
-            "image": _images(fields.get("images", fields.get("image"))),
-            "video": _videos(fields.get("videos", fields.get("video"))),
-        }
-        dealt: dict[str, list[Any]] = {}
-        for kind, column in lists.items():
-            tags = self.found[kind]
+        images = self._dealt("image", _images(fields.get("images", fields.get("image"))), messages)
+        videos = self._dealt("video", _videos(fields.get("videos", fields.get("video"))), messages)
+        tools = tuple(_object(tool, "tools") for tool in _list(fields["tools"], "tools")) if "tools" in fields else ()
+        return Sample(tuple(messages), tuple(images), tuple(videos), tools)
+
+    def _dealt(self, kind: str, column: list[Any], messages: list[Message]) -> list[Any]:
+        """One source per tag of ``kind``, in order; tags that are missing are put before the first message."""
+        tags = self.found[kind]
+        if tags or column:
             spare = len(column) - tags.count(None)
             if spare < 0:
                 raise BadRow(f"{tags.count(None)} <{kind}> tags but {len(column)} {kind}s")
@@ -343,9 +354,8 @@ class _Media:
                 messages[first] = Message(head.role, f"<{kind}>" * spare + head.content, head.loss, head.tool_calls)
                 tags = [None] * spare + tags
             queue = iter(column)
-            dealt[kind] = [next(queue) if tag is None else tag for tag in tags]
-        tools = tuple(_object(tool, "tools") for tool in _list(fields.get("tools", []), "tools"))
-        return Sample(tuple(messages), tuple(dealt["image"]), tuple(dealt["video"]), tools)
+            return [next(queue) if tag is None else tag for tag in tags]
+        return []
 
 
 def _images(value: Any) -> list[ImageRef]:
@@ -395,7 +405,7 @@ def _list(value: Any, what: str) -> list[Any]:
 def _object(value: Any, what: str) -> Mapping[str, Any]:
     if isinstance(value, str):
         value = _json(value, what)
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict):
         raise BadRow(f"{what} must hold objects, not {type(value).__name__}")
     return value
 

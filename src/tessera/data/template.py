@@ -11,6 +11,11 @@ of the string the model has to produce. There are three ways to know, tried in t
 
 The suffix belongs to the answer: a model that is never shown ``<|im_end|>`` as a target never stops. Rendering uses
 the same sandboxed environment as transformers and is safe in several threads.
+
+Running a jinja program for every row is most of what planning costs. Many templates only ever *print* the contents: for
+those, what surrounds them depends on the roles alone. Whether a template is of that kind is not guessed: it is rendered
+once per sequence of roles with contents that refuse to be looked at (:data:`Opaque`), and if it neither looks nor
+alters them, the text around them is kept as a *skeleton* for all rows with these roles. Else every row is rendered.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -41,6 +47,16 @@ CHATML = (
 _OPEN, _CLOSE = "\U000f0010", "\U000f0011"  # private-use characters around {% generation %} blocks
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
 _PROBE = "tessera-probe"
+_MARK = "Aß&\U000f0012"
+_UNTRACKED = (  # ways for text to lose the class that watches it, or for a rendering to depend on more than its input
+    jinja2.nodes.Macro,
+    jinja2.nodes.FilterBlock,
+    jinja2.nodes.AssignBlock,
+    jinja2.nodes.Concat,
+    jinja2.nodes.Include,
+    jinja2.nodes.Import,
+    jinja2.nodes.FromImport,
+)
 
 
 class Generation(jinja2.ext.Extension):
@@ -55,6 +71,33 @@ class Generation(jinja2.ext.Extension):
 
     def _mark(self, caller: Any) -> str:
         return f"{_OPEN}{caller()}{_CLOSE}"
+
+
+class Inspected(Exception):  # noqa: N818 - a signal, not an error
+    """A template looked at a message's content instead of only printing it."""
+
+
+def _inspect(*_: Any, **__: Any) -> Any:
+    raise Inspected
+
+
+_PRINTING = ("__new__", "__init__", "__str__", "__getattribute__", "__setattr__", "__delattr__", "__init_subclass__")
+Opaque: Any = type(
+    "Opaque",
+    (str,),
+    {name: _inspect for name in dir(str) if callable(vars(str).get(name)) and name not in _PRINTING}
+    | {
+        "__add__": lambda self, other: Opaque(str.__add__(self, other)),
+        "__radd__": lambda self, other: Opaque(str.__add__(other, self)),
+    },
+)
+"""Text that can be printed and joined to other text; everything else, even asking for its length, raises Inspected."""
+
+Skeleton = list[tuple[tuple[str | int, ...], int | None]]
+"""Pieces made of literal text and, as integers, the messages whose content stands there."""
+
+Piece = tuple[str, int | None]
+"""Text, and the ordinal of the answer it belongs to (None outside answers)."""
 
 
 def _tojson(
@@ -84,6 +127,9 @@ class ChatTemplate:
         self._tokens = dict(tokens)
         self._marked = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
         self._header, self._suffix = self._probe()
+        program = environment.parse(source)
+        tracked = "strftime_now" not in source and all(program.find(kind) is None for kind in _UNTRACKED)
+        self._skeleton = lru_cache(maxsize=256)(self._make_skeleton if tracked else _no_skeleton)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, generation_prompt: bool = False
@@ -91,6 +137,18 @@ class ChatTemplate:
         """The conversation as text; ``generation_prompt`` ends it where the assistant is to answer."""
         text = self._render(messages, tools, generation_prompt)
         return _MARKS.sub("", text) if self._marked else text
+
+    def pieces(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> list[Piece]:
+        """The conversation as text, cut where answers begin and end."""
+        plain = not tools and all(len(message) == 2 for message in messages)  # role and content, nothing else
+        skeleton = self._skeleton(tuple(message["role"] for message in messages)) if plain else None
+        if skeleton is None:
+            return _cut(*self.spans(messages, tools))
+        contents = [message["content"] for message in messages]
+        return [
+            ("".join(part if isinstance(part, str) else contents[part] for part in parts), answer)
+            for parts, answer in skeleton
+        ]
 
     def spans(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> tuple[str, list[Span]]:
         """The conversation as text, and one span per assistant message (answer and turn suffix), in order."""
@@ -164,6 +222,41 @@ class ChatTemplate:
                 end = at + len(self._suffix)
             spans.append((len(prompt), end))
         return spans
+
+    def _make_skeleton(self, roles: tuple[str, ...]) -> Skeleton | None:
+        """What the template prints around the contents of messages with these roles; None if it depends on them."""
+        # Contents that no trimming, escaping or change of case would leave as they are, each with a number of its own.
+        markers = [f" \n<{_MARK}\"'\\{number}\t " for number in range(len(roles))]
+        watched = [{"role": role, "content": Opaque(text)} for role, text in zip(roles, markers, strict=True)]
+        plain = [{"role": role, "content": text} for role, text in zip(roles, markers, strict=True)]
+        try:
+            text = self.render(watched)
+            whole, spans = self.spans(plain)
+        except (Inspected, BadRow):
+            return None
+        numbers = {marker: number for number, marker in enumerate(markers)}
+        split = re.compile("(" + "|".join(re.escape(marker) for marker in markers) + ")")
+        skeleton: Skeleton = []
+        for piece, answer in _cut(whole, spans):
+            skeleton.append((tuple(numbers.get(part, part) for part in split.split(piece) if part), answer))
+        printed = [part for parts, _ in skeleton for part in parts]
+        intact = text == whole and all(printed.count(number) == 1 for number in range(len(roles)))
+        return skeleton if intact and _MARK not in "".join(part for part in printed if isinstance(part, str)) else None
+
+
+def _no_skeleton(roles: tuple[str, ...]) -> Skeleton | None:
+    """For templates that cannot be watched."""
+    return None
+
+
+def _cut(text: str, spans: Sequence[Span]) -> list[Piece]:
+    """``text`` in pieces, none of them empty, cut at the borders of ``spans``."""
+    pieces: list[Piece] = []
+    done = 0
+    for answer, (start, end) in enumerate(spans):
+        pieces += [(text[done:start], None), (text[start:end], answer)]
+        done = end
+    return [piece for piece in [*pieces, (text[done:], None)] if piece[0]]
 
 
 def _unmarked(text: str) -> tuple[str, list[Span]]:

@@ -11,7 +11,8 @@ Without causality only equal lengths share a bucket. What goes where is planned 
 (:class:`Layout`), not once per layer, and the decoder lays its row out in bucket order beforehand, so that within a
 layer every bucket is a contiguous slice.
 
-bfloat16 is widened to float32 around the CPU kernel: its bfloat16 backward takes about six times as long.
+Half precision is widened to float32 around the CPU kernel, whose bfloat16 backward took six times as long where it
+was measured (a CPU without bfloat16 instructions).
 """
 
 from __future__ import annotations
@@ -203,7 +204,8 @@ def permuted(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None = None) -> Tensor:
     """``q [T, heads, D]``, ``k``, ``v`` ``[T, kv_heads, D]`` in layout order to ``[T, heads, D]``, segment by segment.
 
-    ``heads`` is a multiple of ``kv_heads`` (grouped-query attention); ``scale`` defaults to ``D ** -0.5``.
+    ``heads`` is a multiple of ``kv_heads`` (grouped-query attention); ``scale`` defaults to ``D ** -0.5``. The result
+    has the type of ``v``; ``q`` and ``k`` may be wider.
     """
     if not layout.buckets:
         return _flash(q, k, v, layout, scale)
@@ -218,14 +220,16 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None)
     longest = layout.max_seqlen
     window = (-1, 0) if layout.causal else (-1, -1)
     cu, gqa = layout.cu_seqlens, q.shape[1] != k.shape[1]
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=window, enable_gqa=gqa)
+    out = varlen_attn(
+        q.to(v.dtype), k.to(v.dtype), v, cu, cu, longest, longest, scale=scale, window_size=window, enable_gqa=gqa
+    )
     assert isinstance(out, Tensor)
     return out
 
 
 def _bucketed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None) -> Tensor:
     """One batched call per bucket, in float32 on the CPU."""
-    dtype = q.dtype
+    dtype = v.dtype
     if q.device.type == "cpu" and dtype != torch.float32:
         q, k, v = q.float(), k.float(), v.float()
     if len(layout.buckets) == 1:

@@ -15,7 +15,7 @@ transformers' own functions bit for bit (tests/unit/models/test_geometry.py) wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -194,7 +194,7 @@ class PatchGeometry:
 
     def slots(self, item: MediaItem) -> tuple[int, ...]:
         """Decoder tokens of each pad token in ``text(item)``."""
-        return tuple(t * h * w for t, h, w in self._blocks(item))
+        return tuple([t * h * w for t, h, w in self._blocks(item)])
 
     def positions(self, tokens: Tensor, items: Sequence[MediaItem]) -> Tensor:
         """``[3, T] int64`` (time, height, width) positions of one segment of expanded ``tokens [T]``.
@@ -267,12 +267,12 @@ class PatchGeometry:
         patches = (windows * self.merge_size**2).tolist()
         return _Tables(_frames(np.stack([rows, cols], 1), t), taps, shares, order, patches)
 
-    def _blocks(self, item: MediaItem) -> Iterator[Grid]:
+    def _blocks(self, item: MediaItem) -> list[Grid]:
         """(t, h, w) in decoder tokens of each run of pad tokens of ``item``."""
         frames, height, width = item.grid[0], item.grid[1] // self.merge_size, item.grid[2] // self.merge_size
         if item.kind == "video" and self.time_axis == "stamps":
-            return ((1, height, width) for _ in range(frames))
-        return iter([(frames, height, width)])
+            return [(1, height, width)] * frames
+        return [(frames, height, width)]
 
     def _box(self, item: MediaItem, block: Grid) -> np.ndarray:
         """``[3, t * h * w] int64`` offsets of the tokens of one block from its start position."""

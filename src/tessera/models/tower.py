@@ -4,11 +4,11 @@ A tower of transformers 5 takes its window order, interpolation weights and segm
 given those, its forward never asks the device a question. Three things around it are ours:
 
 - pixel levels arrive as ``uint8`` and are normalised here, with transformers' own two roundings;
-- attention is registered with transformers' ``AttentionInterface`` under a name that contains "flash", which makes
-  the tower pass all images (or windows) in one call: one batched call per length instead of a loop over segments;
-- the patch embedding, a convolution whose stride is its kernel, is computed as a matrix product, and RMSNorm is ours.
+- the blocks' attention: all images (or windows) of one length in one call instead of a loop over segments, and a
+  rotation of queries and keys with a third of the operators;
+- the patch embedding, a convolution whose stride is its kernel, as the matrix product it is, and RMSNorm.
 
-:func:`prepare` does the last two once, :func:`run` is one pass.
+:func:`prepare` exchanges these children of the module once, parameters and names kept; :func:`run` is one pass.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from torch import Tensor, nn
 from tessera.contract.batch import Media, Normalisation
 from tessera.models.attention import Layout, attend, permuted, plan
 from tessera.models.layers import PatchEmbed, RMSNorm
-
-ATTENTION = "tessera_flash_varlen"
-"""Name of our attention in transformers; "flash" in it selects the one-call path."""
+from tessera.models.rope import Angles, rotate
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +41,51 @@ class Features:
         return Features(self.final[:0], tuple(feature[:0] for feature in self.deepstack))
 
 
+class TowerAttention(nn.Module):
+    """Attention of a tower block with the ``qkv`` and ``proj`` of the module it takes over; called as that one was."""
+
+    def __init__(self, taken: Any) -> None:
+        super().__init__()
+        self.qkv: nn.Module = taken.qkv
+        self.proj: nn.Module = taken.proj
+        self.heads: int = taken.num_heads
+        self.scale: float = taken.scaling
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        layouts: tuple[Layout, ...],
+        **unused: Any,
+    ) -> Tensor:
+        """``[P, E]`` to ``[P, E]``; the tables ``[P, D]`` hold each angle twice, ``cu_seqlens`` names the layout."""
+        layout = next(layout for layout in layouts if layout.cu_seqlens is cu_seqlens)
+        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        cos, sin = (table[:, None, : table.shape[-1] // 2] for table in position_embeddings)
+        # The rotation is done in float32, as transformers does it; attention returns the type of the values.
+        q, k = rotate(q.float(), Angles(cos, sin)), rotate(k.float(), Angles(cos, sin))
+        q, k, v = (permuted(x, layout.order, layout.inverse) for x in (q, k, v))
+        mixed = permuted(attend(q, k, v, layout, self.scale), layout.inverse, layout.order)
+        out: Tensor = self.proj(mixed.flatten(1))
+        return out
+
+
 def prepare(tower: nn.Module, norm: type[nn.Module] | None = None) -> nn.Module:
-    """Make a transformers vision module ready for :func:`run`; parameter names stay as they are.
-
-    ``norm`` is the tower's class of RMSNorm, if it has one: ours computes the same with half the operators.
-    """
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, _attention)
-    # After construction, because transformers looks names that contain "flash" up on its hub while constructing.
-    config: Any = tower.config
-    config._attn_implementation = ATTENTION
-    embed = tower.get_submodule("patch_embed")
-    tower.patch_embed = PatchEmbed(embed.get_submodule("proj"))
+    """Make a transformers vision module ready for :func:`run`; ``norm`` is its class of RMSNorm, if it has one."""
     for owner in list(tower.modules()):
         for leaf, child in list(owner.named_children()):
-            if norm is not None and isinstance(child, norm):
-                old: Any = child
+            old: Any = child
+            if leaf == "patch_embed":
+                owner.register_module(leaf, PatchEmbed(old.proj))
+            elif leaf == "attn":
+                owner.register_module(leaf, TowerAttention(old))
+            elif norm is not None and isinstance(child, norm):
                 owner.register_module(leaf, RMSNorm(old.weight.shape[0], old.variance_epsilon))
-    # Built on the meta device, rotary frequencies would be lost: they are buffers that no checkpoint stores.
-    with torch.device("cpu"):
-        tower.rotary_pos_emb = type(tower.get_submodule("rotary_pos_emb"))(config)
+            elif leaf == "rotary_pos_emb":
+                # Built on the meta device, its frequencies would be lost: buffers that no checkpoint stores.
+                with torch.device("cpu"):
+                    owner.register_module(leaf, type(child)(tower.config))
     return tower
 
 
@@ -93,21 +115,3 @@ def run(tower: nn.Module, media: Media, dtype: torch.dtype) -> Features:
     out = tower(normalise(media.patches, media.normalisation), grid_thw=media.grids, layouts=layouts, **inputs)
     deepstack = out.get("deepstack_features", ())
     return Features(out.pooler_output.to(dtype), tuple(feature.to(dtype) for feature in deepstack))
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    scaling: float | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    layouts: tuple[Layout, ...] = (),
-    **unused: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention signature: ``[1, heads, T, D]`` each to ``[1, T, heads, D]``."""
-    layout = next(layout for layout in layouts if layout.cu_seqlens is cu_seq_lens_q)
-    q, k, v = (permuted(x.squeeze(0).transpose(0, 1), layout.order, layout.inverse) for x in (query, key, value))
-    out = attend(q, k, v, layout, scaling)
-    return permuted(out, layout.inverse, layout.order).unsqueeze(0), None

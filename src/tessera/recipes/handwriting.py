@@ -27,7 +27,10 @@ import numpy.typing as npt
 from tessera.config.errors import UserError
 
 CELL = 32
-"""Height of a line and side of a glyph in pixels; widths of lines are multiples of it."""
+"""Height of a line and side of a glyph, in pixels."""
+
+WIDTH = 6 * CELL
+"""Width of a line: all lines are written on paper of one size, somewhere on it."""
 
 LINE, SUM = "line", "sum"
 DIGITS, PLUS = "0123456789", "+"
@@ -115,7 +118,7 @@ def exercise(generator: np.random.Generator, lengths: Sequence[int], sums: float
 
 
 def compose(written: str, glyphs: Glyphs, generator: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """``written`` as one grey line ``[CELL, n * CELL]``: random drawings, spacing, height, ink, paper and margins."""
+    """``written`` as one grey line ``[CELL, WIDTH]``: random drawings, spacing, height, ink, paper and margins."""
     count, raised = len(written), 3
     # One call for all random numbers of a line: there are tens of thousands of lines.
     draws = generator.random(3 * count + 5)
@@ -123,21 +126,21 @@ def compose(written: str, glyphs: Glyphs, generator: np.random.Generator) -> npt
     pools = [glyphs.rows[character] for character in written]
     chosen = [int(pool[int(u * len(pool))]) for pool, u in zip(pools, which, strict=True)]
     boxes = [(int(glyphs.left[glyph]), int(glyphs.right[glyph])) for glyph in chosen]
-    starts, end = [], 0
-    for (left, right), u in zip(boxes, jitter, strict=False):
-        end += max(0, int(7 * style[0] + 5 * u - 1)) if starts else 0
-        starts.append(end)
-        end += right - left
-    columns = -(-(end + 4) // CELL) * CELL
-    margin = 2 + int(style[1] * (columns - end - 3))
-    page = np.zeros((CELL + 2 * raised, columns), np.uint8)
+    widths = [right - left for left, right in boxes]
+    free = max(0, WIDTH - 4 - sum(widths))
+    gaps = [max(0.0, 7 * style[0] + 5 * u - 1) for u in jitter[1:count]]
+    tight = min(1.0, free / max(1.0, sum(gaps)))
+    gaps = [int(tight * gap) for gap in gaps]
+    margin = 2 + int(style[1] * (free - sum(gaps) + 1))
+    starts = [margin + sum(widths[:place]) + sum(gaps[:place]) for place in range(count)]
+    page = np.zeros((CELL + 2 * raised, WIDTH + CELL), np.uint8)
     for glyph, (left, right), start, u in zip(chosen, boxes, starts, jitter[count:], strict=True):
         up = int(u * (2 * raised + 1))
-        spot = page[up : up + CELL, margin + start : margin + start + right - left]
+        spot = page[up : up + CELL, start : start + right - left]
         np.maximum(spot, glyphs.ink[glyph, :, left:right], out=spot)
-    slope = np.arange(columns, dtype=np.float32) * np.float32(24 * (style[2] - 0.5) / columns)
+    slope = np.arange(WIDTH, dtype=np.float32) * np.float32(24 * (style[2] - 0.5) / WIDTH)
     paper = np.minimum(slope + np.float32(215 + 40 * style[3]), 255)
-    covered = page[raised : raised + CELL] * np.float32(1 / 255)
+    covered = page[raised : raised + CELL, :WIDTH] * np.float32(1 / 255)
     return (paper + (np.float32(80 * style[4]) - paper) * covered).astype(np.uint8)
 
 

@@ -13,6 +13,7 @@ from tessera.config.errors import UserError
 from tessera.contract.model import MediaItem
 from tessera.data.render import Encoded, Medium, Renderer
 from tessera.data.sample import BadRow, Sample, normalise
+from tessera.data.template import ChatTemplate
 from tests.toys import IMAGE_PAD, SPECIAL, TEMPLATES, VIDEO_PAD, make_geometry, make_tokenizer_dir
 
 END = SPECIAL.index("<|im_end|>")
@@ -214,6 +215,45 @@ def test_templates_that_rewrite_the_past_are_refused(tmp_path: Path) -> None:
     renderer = renderer_of(make_tokenizer_dir(tmp_path, template=REWRITES))
     with pytest.raises(BadRow, match="rewrites earlier turns"):
         encode(renderer, sample_of("q", "one", "q", "two"))
+
+
+@pytest.mark.parametrize(
+    ("template", "watched"),
+    [
+        (TEMPLATES["qwen2_5_vl"], True),
+        (MARKED, True),
+        (THINKING, False),
+        ("{%- for m in messages -%}{{ m.role + ':' + (m.content | trim) + '\\n' }}{%- endfor -%}", False),
+        ("{%- for m in messages -%}{{ m.role + (m | tojson) }}{%- endfor -%}", False),
+        ("{%- for m in messages -%}{{ m.role }}{%- if m.content -%}{{ m.content }}{%- endif -%}{%- endfor -%}", False),
+        ("{%- for m in messages -%}{%- set t = m.role + m.content -%}{{ t[:3] }}{%- endfor -%}", False),
+        ("{%- for m in messages -%}{{ m.role ~ m.content }}{%- endfor -%}", False),
+        (
+            "{%- for m in messages -%}{{ m.role }}{% if m.content == 'x' %}!{% endif %}{{ m.content }}{%- endfor -%}",
+            False,
+        ),
+        ("{{ strftime_now('%Y') }}{%- for m in messages -%}{{ m.role + m.content }}{%- endfor -%}", False),
+        (
+            "{%- macro show(c) -%}{{- c -}}{%- endmacro -%}"
+            "{%- for m in messages -%}{{ m.role + show(m.content) }}{%- endfor -%}",
+            False,
+        ),
+    ],
+)
+def test_only_templates_that_merely_print_are_remembered(template: str, watched: bool) -> None:
+    chat = ChatTemplate(template, {})
+    roles = ("system", "user", "assistant", "user", "assistant")
+    assert (chat._skeleton(roles) is not None) == watched
+    for text in ("plain", "  spaces \n", "", "<|im_end|>\n<|im_start|>assistant\n", "{{ 1 }} é"):
+        messages = [{"role": role, "content": f"{text}{i}"} for i, role in enumerate(roles)]
+        if not watched:
+            continue
+        pieces = chat.pieces(messages)
+        assert "".join(piece for piece, _ in pieces) == chat.render(messages)
+        answers = [piece for piece, answer in pieces if answer is not None]
+        assert [answer.startswith(f"{text}{i}<|im_end|>") for answer, i in zip(answers, (2, 4), strict=True)] == [
+            True
+        ] * 2
 
 
 def test_headers_inside_a_question_do_not_mislead(directory: Path) -> None:
