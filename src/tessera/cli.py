@@ -32,7 +32,7 @@ ENTRY: Mapping[str, str] = {
     "sft": "tessera.recipes.supervised:main",
     "infer": "tessera.infer.run:main",
     "export": "tessera.recipes.export:main",
-    "data": "tessera.data.inspect:main",
+    "data": "tessera.recipes.data:main",
     "report": "tessera.observe.report:main",
     "demo": "tessera.recipes.demo:main",
 }

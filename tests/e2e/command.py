@@ -56,8 +56,7 @@ def tessera(*words: str | Path, **variables: str) -> Done:
         try:
             code = main([str(word) for word in words])
         except SystemExit as leaving:
-            assert isinstance(leaving.code, int)
-            code = leaving.code
+            code = int(leaving.code or 0)
     return Done(code, out.getvalue(), err.getvalue())
 
 

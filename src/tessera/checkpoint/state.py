@@ -13,6 +13,7 @@ into another number of ranks; the cursor and the counters are JSON in ``trainer_
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,19 +39,44 @@ def _tensors(model: nn.Module, optimizer_state: dict[str, Tensor]) -> dict[str, 
 
 
 def save_tensors(checkpoint: Path, model: nn.Module, optimizer_state: dict[str, Tensor], mesh: Mesh) -> None:
-    """Write the trained parameters, the optimiser's tensors and this rank's generators below ``checkpoint``."""
+    """Write the trained parameters, the optimiser's tensors and this rank's generators below ``checkpoint``.
+
+    Raises OSError if the disk refuses.
+    """
     import torch.distributed.checkpoint as dcp
 
     directory = checkpoint / STATE_DIR
     directory.mkdir(exist_ok=True)
-    torch.save(_generators(mesh), _rng_path(directory, mesh.rank))
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=False)
     try:
+        torch.save(_generators(mesh), _rng_path(directory, mesh.rank))
         with _quiet():
             dcp.save(_tensors(model, optimizer_state), storage_writer=writer, no_dist=mesh.data is None)
     except dcp.api.CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values() if isinstance(cause, OSError)]
-        raise causes[0] if causes else error from error
+        refusals = [refused for cause, _ in error.failures.values() if (refused := _refusal(cause)) is not None]
+        if not refusals:
+            raise
+        raise refusals[0] from error
+    except RuntimeError as error:
+        refused = _refusal(error)
+        if refused is None:
+            raise
+        raise refused from error
+
+
+def _refusal(error: BaseException) -> OSError | None:
+    """The disk's refusal behind an error of torch's archive writer; None if it is another error.
+
+    The writer notices a failed write only by the position it finds itself at, and says so in a RuntimeError. The
+    OSError is then the context, or lost if the error came here from another rank.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    torn = isinstance(error, RuntimeError) and "inline_container" in str(error)
+    return OSError(errno.EIO, "the disk took only a part of a file (is it full?)") if torn else None
 
 
 def load_tensors(checkpoint: Path, model: nn.Module, optimizer_state: dict[str, Tensor], mesh: Mesh) -> None:

@@ -124,8 +124,8 @@ class Family:
 
     ``build`` returns the module with uninitialised parameters on the current default device (use
     ``torch.device("meta")``); its module names are those of the transformers model in memory, so adapters and state
-    dicts are interchangeable. ``geometry`` also takes the parsed ``preprocessor_config.json`` (``{}`` if there is none).
-    ``weightmap`` also takes the tensor names found on disk, for families whose naming changed between releases.
+    dicts are interchangeable. ``geometry`` also takes the parsed ``preprocessor_config.json`` (``{}`` if there is
+    none). ``weightmap`` also takes the tensor names found on disk, for families whose naming changed between releases.
     """
 
     name: str

@@ -59,9 +59,13 @@ class Skips:
             self.rows[dataset, row] = reason
             if self.path is not None:
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(
-                        json.dumps({"dataset": dataset, "row": row, "reason": reason}, ensure_ascii=False) + "\n"
-                    )
+                    file.write(self._line(dataset, row, reason))
+
+    def write(self, path: Path) -> None:
+        """All rows skipped so far, as a new file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            path.write_text("".join(self._line(*key, reason) for key, reason in self.rows.items()), encoding="utf-8")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,6 +81,10 @@ class Skips:
     def summary(self, most: int = 3) -> str:
         """The most frequent reasons in one line."""
         return "; ".join(f"{count}x {reason}" for count, reason in self.reasons()[:most])
+
+    @staticmethod
+    def _line(dataset: str, row: int, reason: str) -> str:
+        return json.dumps({"dataset": dataset, "row": row, "reason": reason}, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ import numpy as np
 from tessera.config.errors import UserError
 from tessera.contract.model import Geometry, MediaItem
 from tessera.data import media
+from tessera.data.buffers import Buffers
 from tessera.data.render import Encoded, Medium, Rendered, Renderer
 from tessera.data.sample import BadRow, ImageRef, Sample, normalise
 
@@ -56,6 +57,7 @@ class Encoder:
         self.max_length = max_length
         self.truncation_strategy = truncation_strategy
         self.columns = columns
+        self._memory = Buffers(held=8)
 
     def sample(self, row: Mapping[str, Any], base: Path | None = None, *, need_answer: bool = True) -> Sample:
         """The row in normal form, its image paths resolved."""
@@ -135,7 +137,7 @@ class Encoder:
         frames = []
         target = (0, 0)
         for index, source in enumerate(medium.sources):
-            pixels = media.decode(files.get(source, source), name=source)
+            pixels = media.decode(files.get(source, source), source, self._memory)
             if index == 0:
                 height, width = pixels.shape[:2]
                 if self.geometry.grid(height, width, len(medium.sources)) != medium.item.grid:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from tessera.data.buffers import Buffers
 from tessera.data.sample import BadRow, ImageRef
 
 MAX_DECODED_PIXELS = 178_956_970
@@ -70,11 +71,14 @@ def load(source: ImageRef) -> bytes:
         raise _unreadable(path, error) from None
 
 
-def decode(source: ImageRef, name: ImageRef | None = None) -> np.ndarray:
-    """``[H, W, 3] uint8`` RGB, transparency composed onto white as transformers does; BadRow speaks of ``name``."""
+def decode(source: ImageRef, name: ImageRef | None = None, memory: Buffers | None = None) -> np.ndarray:
+    """``[H, W, 3] uint8`` RGB, transparency composed onto white as transformers does.
+
+    BadRow speaks of ``name``; ``memory`` may lend the block that the pixels are decoded into.
+    """
     data = load(source)
     if _FAST_JPEG and data.startswith(_JPEG):
-        pixels = _decode_jpeg(data)
+        pixels = _decode_jpeg(data, memory)
         if pixels is not None:
             return pixels
     from PIL import Image
@@ -219,14 +223,16 @@ def _probe_pil(file: Any) -> tuple[int, int]:
         raise BadRow(f"not an image: {str(error)[:120]}") from None
 
 
-def _decode_jpeg(data: bytes) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, memory: Buffers | None) -> np.ndarray | None:
     """RGB pixels of an ordinary JPEG; None leaves rarer colour spaces and every complaint to PIL."""
     import simplejpeg
 
     try:
-        if simplejpeg.decode_jpeg_header(data)[2] not in ("YCbCr", "Gray"):
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours not in ("YCbCr", "Gray"):
             return None
-        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
+        block = None if memory is None else memory.take(height * width * 3)
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", buffer=block)
     except ValueError:
         return None
     return pixels

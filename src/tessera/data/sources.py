@@ -87,7 +87,8 @@ def open_rows(spec: DatasetSpec) -> Rows:
             raise UserError(f"--dataset {spec.text}: the file {path} has no subsets")
         return open_file(path)
     if spec.hub is None and path.is_dir():
-        return _directory(path, spec)
+        rows, known = _directory(path, spec), KNOWN.get("/".join(path.parts[-2:]))
+        return Asked(rows, known.query) if known else rows
     if spec.hub is None and _meant_as_path(spec.name):
         raise UserError(f"--dataset {spec.text}: no such file or directory: {spec.name}")
     return _hub(spec)
@@ -165,7 +166,7 @@ def _chosen(spec: DatasetSpec, known: list[str]) -> list[str]:
 
 
 class Asked:
-    """Rows of a known dataset, with the fixed question put to each."""
+    """Rows of a known dataset, from a hub or from a clone of it, with the fixed question put to each."""
 
     def __init__(self, rows: Rows, query: str) -> None:
         self.name, self.base, self._rows, self._query = rows.name, rows.base, rows, query
@@ -174,7 +175,8 @@ class Asked:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"query": self._query, **self._rows[index]}
+        row = self._rows[index]
+        return row if "messages" in row else {"query": self._query, **row}
 
 
 def _hub(spec: DatasetSpec) -> Rows:

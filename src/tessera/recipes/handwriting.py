@@ -29,7 +29,7 @@ from tessera.config.errors import UserError
 CELL = 32
 """Height of a line and side of a glyph, in pixels."""
 
-WIDTH = 6 * CELL
+WIDTH = 5 * CELL
 """Width of a line: all lines are written on paper of one size, somewhere on it."""
 
 LINE, SUM = "line", "sum"
@@ -92,12 +92,15 @@ def split(strokes: Strokes, share: float, generator: np.random.Generator) -> tup
     return strokes.take(np.sort(np.concatenate(train))), strokes.take(np.sort(np.concatenate(held)))
 
 
-def draw(strokes: Strokes, variants: int, generator: np.random.Generator) -> Glyphs:
-    """Every stroke drawn ``variants`` times, and as many plus signs as there are drawings of a digit."""
+def draw(strokes: Strokes, variants: int, generator: np.random.Generator, *, change: float = 1.0) -> Glyphs:
+    """Every stroke drawn ``variants`` times, and as many plus signs as there are drawings of a digit.
+
+    ``change`` scales how much a drawing is turned, slanted, stretched and thickened; 0 draws the scan as it is.
+    """
     rows = np.repeat(np.arange(len(strokes.labels)), variants)
     labels = strokes.labels[rows]
     pluses = _plus_signs(max(1, len(rows) // len(DIGITS)), generator)
-    ink = np.concatenate([_drawn(strokes.images[rows], generator), pluses])
+    ink = np.concatenate([_drawn(strokes.images[rows], generator, change), pluses])
     marked = ink.max(axis=1) > 40
     left, right = marked.argmax(axis=1), CELL - marked[:, ::-1].argmax(axis=1)
     where = {digit: np.flatnonzero(labels == int(digit)) for digit in DIGITS}
@@ -187,7 +190,7 @@ def write(
     return path
 
 
-def _drawn(images: npt.NDArray[np.float32], generator: np.random.Generator, chunk: int = 4096) -> Ink:
+def _drawn(images: npt.NDArray[np.float32], generator: np.random.Generator, change: float, chunk: int = 4096) -> Ink:
     """Each 8x8 image ``[N, 8, 8]`` as a glyph ``[N, CELL, CELL]`` with its own angle, slant, size and thickness."""
     import torch
     from torch.nn.functional import affine_grid, grid_sample, interpolate
@@ -195,20 +198,22 @@ def _drawn(images: npt.NDArray[np.float32], generator: np.random.Generator, chun
     out = np.empty((len(images), CELL, CELL), np.uint8)
     for start in range(0, len(images), chunk):
         part = torch.from_numpy(images[start : start + chunk])[:, None]
-        maps = torch.from_numpy(_affine(len(part), generator))
-        weight = torch.from_numpy(np.exp(generator.uniform(-0.5, 0.4, (len(part), 1, 1, 1))).astype(np.float32))
+        maps = torch.from_numpy(_affine(len(part), generator, change))
+        weight = torch.from_numpy(
+            np.exp(change * generator.uniform(-0.5, 0.4, (len(part), 1, 1, 1))).astype(np.float32)
+        )
         smooth = interpolate(part, scale_factor=4, mode="bicubic", align_corners=False).clamp_(0, 1)
-        grid = affine_grid(maps, (len(part), 1, CELL, CELL), align_corners=False)
+        grid = affine_grid(maps, [len(part), 1, CELL, CELL], align_corners=False)
         ink = grid_sample(smooth, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         out[start : start + chunk] = (ink.clamp_(0, 1).pow_(weight) * 255).round_().to(torch.uint8)[:, 0].numpy()
     return out
 
 
-def _affine(count: int, generator: np.random.Generator) -> npt.NDArray[np.float32]:
+def _affine(count: int, generator: np.random.Generator, change: float) -> npt.NDArray[np.float32]:
     """``[count, 2, 3]`` maps from glyph to stroke coordinates: a turn and slant of up to 0.2, and a size."""
-    angle, slant = generator.uniform(-0.2, 0.2, (2, count))
-    wide = CELL / 27 * np.exp(generator.uniform(-0.15, 0.18, count))
-    high = CELL / 27 * np.exp(generator.uniform(-0.05, 0.2, count))
+    angle, slant = change * generator.uniform(-0.2, 0.2, (2, count))
+    wide = CELL / 27 * np.exp(change * generator.uniform(-0.15, 0.18, count))
+    high = CELL / 27 * np.exp(change * generator.uniform(-0.05, 0.2, count))
     cos, sin, zero = np.cos(angle), np.sin(angle), np.zeros(count)
     rows = [
         [wide * cos, wide * (slant * cos - sin), zero],

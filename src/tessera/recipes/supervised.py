@@ -289,6 +289,7 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
         planning = pool.submit(plan_data, run, source, place.run_dir, mesh)
         model, adaptation = load_model(run, source, mesh, dtype)
         train, val = planning.result()
+    torch.manual_seed(run.train.seed + mesh.rank)  # dropout draws from this: other noise on every rank
     loader = train_loader(run, train, mesh)
     groups = adapt.param_groups(model, run.train, adaptation)
     optimizers = Optimizers(model, groups, run.train, schedule_of(run, loader.total_steps), mesh)

@@ -8,18 +8,14 @@ from typing import Any
 
 import pytest
 
-from tessera.config.errors import UserError
 from tessera.config.resolve import run_of
-from tessera.data.inspect import format_of, main
-from tessera.models.families import family_of
-from tests.toys import chat, chats, make_images, make_tokenizer_dir, write_rows
+from tessera.data.inspect import format_of, show
+from tests.toys import chat, chats, make_geometry, make_images, make_tokenizer_dir, write_rows
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = make_tokenizer_dir(tmp_path_factory.mktemp("model"), "qwen3_vl")
-    (directory / "config.json").write_text(json.dumps(family_of({"model_type": "qwen3_vl"}).tiny()))
-    return directory
+    return make_tokenizer_dir(tmp_path_factory.mktemp("model"), "qwen3_vl")
 
 
 def test_report(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,7 +25,7 @@ def test_report(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     run = run_of(
         "data", model=str(model), dataset=(str(path),), packing=True, packing_length=512, split_dataset_ratio=0.1
     )
-    main(run)
+    show(run.data, model, make_geometry())
     shown = capsys.readouterr().out
     for expected in (
         f"train  {path}: 12 rows used of 14",
@@ -50,14 +46,10 @@ def test_report(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_skipped_rows_are_written_where_asked(model: Path, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [*chats(3), {"x": 1}])
     out = tmp_path / "out"
-    main(run_of("data", model=str(model), dataset=(str(path),), output_dir=str(out), split_dataset_ratio=0.5))
+    run = run_of("data", model=str(model), dataset=(str(path),), split_dataset_ratio=0.5)
+    show(run.data, model, make_geometry(), skipped_into=out)
     assert sorted(entry.name for entry in out.iterdir()) == ["skipped.jsonl"]
-
-
-def test_a_model_is_needed(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", chats(3))
-    with pytest.raises(UserError, match=r"config\.json"):
-        main(run_of("data", model=str(tmp_path), dataset=(str(path),)))
+    assert [json.loads(line)["row"] for line in (out / "skipped.jsonl").read_text().splitlines()] == [3]
 
 
 @pytest.mark.parametrize(

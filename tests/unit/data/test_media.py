@@ -17,6 +17,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tessera.data import media
+from tessera.data.buffers import Buffers
 from tessera.data.sample import BadRow
 from tests.toys import make_geometry, make_images
 
@@ -163,6 +164,16 @@ def test_jpeg_variants_equal_pil(mode: str, options: dict[str, object]) -> None:
     data = encoded(picture(mode, (123, 77)), "JPEG", **options)
     assert media.probe(data) == (77, 123)
     assert np.array_equal(media.decode(data), np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_decoding_into_lent_memory() -> None:
+    memory = Buffers(held=4)
+    data = [encoded(picture("RGB", size), "JPEG") for size in ((123, 77), (40, 60), (200, 90))]
+    held = [media.decode(each, memory=memory) for each in data * 3]
+    for pixels, each in zip(held, data * 3, strict=True):
+        assert np.array_equal(pixels, media.decode(each))
+    del held, pixels
+    assert media.decode(data[1], memory=memory).shape == (60, 40, 3)
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG"])
