@@ -184,5 +184,6 @@ def test_signals_reach_the_ranks(tmp_path: Path) -> None:
     time.sleep(1)
     running.send_signal(signal.SIGTERM)
     out, err = running.communicate(timeout=60)
-    assert sorted(out.splitlines()) == ["rank 0 saves and stops", "rank 1 saves and stops"], err
+    # Both ranks write to one pipe, so their lines may run into each other.
+    assert [out.count(f"rank {rank} saves and stops") for rank in range(2)] == [1, 1], err
     assert running.returncode == 128 + signal.SIGTERM
