@@ -6,7 +6,7 @@ data set of any size from them; each takes an explicit generator, so a seed give
     split     strokes -> training strokes | validation strokes     before anything is drawn: a validation stroke
                                                                    never appears in a training image
     draw      strokes -> glyphs    each stroke several times, upscaled, turned, slanted, stretched, thick and thin
-    exercise  -> what is written ("47+8") and what is to be answered ("47+8=55"); lines of digits answer themselves
+    exercise  -> what is written ("7+8") and what is to be answered ("7+8=15"); lines of digits answer themselves
     compose   glyphs -> one line of writing on paper, with its own spacing, height, ink and background
 
 ``write`` turns them into what any data set on disk is: PNG files and a jsonl of ``messages`` and ``images``.
@@ -109,11 +109,10 @@ def draw(strokes: Strokes, variants: int, generator: np.random.Generator, *, cha
 
 
 def exercise(generator: np.random.Generator, lengths: Sequence[int], sums: float) -> Exercise:
-    """A line of as many digits as one of ``lengths``, or with probability ``sums`` the sum of a number below 100
-    and a digit."""
+    """A line of as many digits as one of ``lengths``, or with probability ``sums`` the sum of two digits."""
     chance, *draws = generator.random(2 + max(lengths)).tolist()
     if chance < sums:
-        a, b = 1 + int(99 * draws[0]), 1 + int(9 * draws[1])
+        a, b = int(10 * draws[0]), int(10 * draws[1])
         return Exercise(SUM, f"{a}{PLUS}{b}", f"{a}{PLUS}{b}={a + b}")
     length = lengths[int(len(lengths) * draws[0])]
     digits = "".join(DIGITS[int(10 * draw)] for draw in draws[1 : 1 + length])
