@@ -127,7 +127,7 @@ def full_encode(corpus: Any, index: int) -> Any:
     import numpy as np
 
     encoded = corpus.encoded(index)
-    out = np.empty((int(corpus.patches[index]), corpus.encoder.patch_width), np.uint8)
+    out = np.empty((int(corpus.patches[index]), corpus.encoder.patch_width([encoded])), np.uint8)
     corpus.encoder.pixels(encoded, out)
     return out
 

@@ -90,7 +90,7 @@ def _media(
     if minimal:
         sizes = (geometry.minimal_grid(),)
         t, h, w = sizes[0]
-        width = 3 * geometry.temporal_patch_size * geometry.patch_size**2
+        width = 3 * geometry.patch_size**2  # one frame is a still
         patches, dest = np.zeros((t * h * w, width), dtype=np.uint8), np.empty(0, dtype=np.int64)
     else:
         dest = np.flatnonzero(pad_mask(tokens, geometry.pad_ids))

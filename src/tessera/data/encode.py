@@ -12,7 +12,7 @@ cut: an image is in or the row is refused.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +110,20 @@ class Encoder:
         return [_cut(encoded, keep, encoded.media)]
 
     def pixels(self, encoded: Encoded, out: np.ndarray, files: Files | None = None) -> None:
-        """Write the patches of all media into ``out [encoded.patches, D] uint8``; BadRow if a file is unreadable."""
+        """Write the patches of all media into ``out [encoded.patches, D] uint8``; BadRow if a file is unreadable.
+
+        ``D`` is the ``patch_width`` of the rows that will share a batch.
+        """
         start = 0
         for medium in encoded.media:
             count = medium.item.grid[0] * medium.item.grid[1] * medium.item.grid[2]
             self._fill(medium, out[start : start + count], files or {})
             start += count
 
-    @property
-    def patch_width(self) -> int:
-        """Bytes of one patch (D)."""
-        return 3 * self.geometry.temporal_patch_size * self.geometry.patch_size**2
+    def patch_width(self, rows: Iterable[Encoded]) -> int:
+        """Bytes of one patch (D) where these rows share a batch; stills alone need no time axis."""
+        still = all(row.still for row in rows)
+        return 3 * (1 if still else self.geometry.temporal_patch_size) * self.geometry.patch_size**2
 
     def _medium(self, kind: str, sources: tuple[ImageRef, ...], probe: Probe) -> Medium:
         if kind not in self.geometry.pad_ids:
@@ -144,8 +147,8 @@ class Encoder:
                     raise BadRow("an image's size differs from its header, or has changed since planning")
                 target = self.geometry.resized(height, width, len(medium.sources))
             frames.append(media.resize(pixels, *target, self.image_resize))
-        g = self.geometry
-        media.patchify(frames, g.patch_size, g.merge_size, g.temporal_patch_size, out)
+        patch = self.geometry.patch_size
+        media.patchify(frames, patch, self.geometry.merge_size, out.shape[1] // (3 * patch * patch), out)
 
     def _located(self, source: ImageRef, base: Path | None) -> ImageRef:
         if isinstance(source, bytes) or os.path.isabs(source) or source.startswith(("data:", "file:")):

@@ -5,9 +5,10 @@ accumulation * world`` of them make one global step, and rank ``r`` of ``w`` tak
 ``r``-th. One process that accumulates ``2n`` batches therefore sees the very units that two ranks with ``n`` see. Where
 training stands is three integers (epoch, step in it, step overall), the same on every rank; resuming is setting them.
 
-A pool of threads makes microbatches ahead of time (decoding and resizing release the interpreter lock, and processes
-would copy every pixel), at most a few at once, delivered in order. A row whose pixels turn out to be broken is left out
-of its microbatch and reported; what is left does not depend on threads or timing.
+A pool of threads makes microbatches (decoding and resizing release the interpreter lock, and processes would copy every
+pixel), a few ahead of time, delivered in order. Where the model itself computes on the CPU, working ahead would only
+take the cores away from it: there (``ahead`` 0) the pool makes a step when it is asked for. A row whose pixels turn out
+to be broken is left out of its microbatch and reported; what is left does not depend on threads or timing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from tessera.contract.batch import Batch
 from tessera.data.buffers import Buffers
 from tessera.data.collate import Materialised, collate, pinned
 from tessera.data.corpus import Corpus
+from tessera.data.encode import Files
 from tessera.data.pack import Unit, plan_epoch
+from tessera.data.render import Encoded
 from tessera.data.sample import BadRow
 
 
@@ -56,7 +59,8 @@ class Loader:
     """Iterates over the steps of a run; see the module docstring for the order.
 
     ``epochs`` may be fractional; ``max_steps`` overrides it. ``capacity`` is the pack length. ``threads`` 0 makes
-    batches in the calling thread, None picks by the machine. ``waited`` is how many seconds the caller has spent
+    batches in the calling thread, None picks by the machine; ``ahead`` is how many microbatches they make before they
+    are asked for (None: ``threads + 2``). ``waited`` is how many seconds the caller has spent
     waiting for batches so far, ``efficiency`` the filled share of the current epoch's packs (1.0 without packing).
     """
 
@@ -72,6 +76,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         threads: int | None = None,
+        ahead: int | None = None,
         shuffle: bool = True,
         epochs: float = 1.0,
         max_steps: int | None = None,
@@ -86,6 +91,7 @@ class Loader:
         self.units_per_batch, self.accumulation, self.seed = units_per_batch, accumulation, seed
         self.rank, self.world, self.pin_memory = rank, world, pin_memory
         self.threads = _default_threads(world) if threads is None else threads
+        self.ahead = self.threads + 2 if ahead is None else ahead
         self.waited, self.efficiency = 0.0, 1.0
         self._plan: tuple[int, list[Unit]] = (-1, [])
         self._next = _Place(0, 0, 0)
@@ -136,7 +142,7 @@ class Loader:
     def __iter__(self) -> Iterator[Step]:
         """The steps from the current place to the end of the run."""
         if self.threads == 0:
-            for place, batches in self._ahead():
+            for place, batches in self._coming():
                 started = time.perf_counter()
                 made = [self.batch(units) for units in batches]
                 self.waited += time.perf_counter() - started
@@ -151,17 +157,21 @@ class Loader:
     def batch(self, units: list[Unit]) -> Batch:
         """The microbatch of ``units``; rows whose pixels cannot be decoded are reported and left out."""
         corpus, encoder = self.corpus, self.corpus.encoder
-        ids = [index for unit in units for index in unit]
-        count, width = int(corpus.patches[ids].sum()) if ids else 0, encoder.patch_width
-        pixels = self._buffers.take(count * width).reshape(count, width)
-        rows: list[Materialised] = []
-        used = 0
-        for index in ids:
+        found: list[tuple[int, Encoded, Files]] = []
+        for index in (index for unit in units for index in unit):
             try:
                 sample = corpus.sample(index)
                 files = encoder.files(sample)
-                encoded = corpus.encoded(index, sample, files)
-                patches = pixels[used : used + encoded.patches]
+                found.append((index, corpus.encoded(index, sample, files), files))
+            except BadRow as error:
+                corpus.drop(index, str(error))
+        count, width = sum(e.patches for _, e, _ in found), encoder.patch_width(e for _, e, _ in found)
+        pixels = self._buffers.take(count * width).reshape(count, width)
+        rows: list[Materialised] = []
+        used = 0
+        for index, encoded, files in found:
+            patches = pixels[used : used + encoded.patches]
+            try:
                 encoder.pixels(encoded, patches, files)
             except BadRow as error:
                 corpus.drop(index, str(error))
@@ -172,24 +182,26 @@ class Loader:
         return pinned(made) if self.pin_memory else made
 
     def _threaded(self, pool: ThreadPoolExecutor) -> Iterator[Step]:
-        """Steps in order, while the pool works on the next one and at least ``threads + 2`` microbatches ahead."""
-        ahead = self._ahead()
+        """Steps in order, while the pool works on at least ``ahead`` microbatches of the steps to come."""
+        steps = self._coming()
         queue: deque[tuple[_Place, list[Future[Batch]]]] = deque()
 
-        def refill() -> None:
-            while sum(len(futures) for _, futures in queue) < self.threads + 2:
-                coming = next(ahead, None)
+        def refill(microbatches: int) -> None:
+            while sum(len(futures) for _, futures in queue) < microbatches:
+                coming = next(steps, None)
                 if coming is None:
                     return
                 queue.append((coming[0], [pool.submit(self.batch, units) for units in coming[1]]))
 
-        refill()
-        while queue:
+        while True:
+            refill(1)
+            if not queue:
+                return
             place, futures = queue.popleft()
             started = time.perf_counter()
             made = [future.result() for future in futures]
             self.waited += time.perf_counter() - started
-            refill()
+            refill(self.ahead)
             yield self._step(place, made)
 
     def _step(self, place: _Place, batches: list[Batch]) -> Step:
@@ -198,7 +210,7 @@ class Loader:
         self._next = _Place(place.epoch + over, 0 if over else place.step + 1, place.index + 1)
         return Step(batches, place.epoch + (place.step + 1) / place.steps, place.index)
 
-    def _ahead(self) -> Iterator[tuple[_Place, list[list[Unit]]]]:
+    def _coming(self) -> Iterator[tuple[_Place, list[list[Unit]]]]:
         """Places and this rank's units of every step to come, one list per microbatch."""
         epoch, step, index = self._next.epoch, self._next.step, self._next.index
         if not len(self.corpus):
@@ -246,6 +258,7 @@ def eval_loader(
     rank: int = 0,
     world: int = 1,
     threads: int | None = None,
+    ahead: int | None = None,
 ) -> Loader:
     """Every row exactly once over all ranks, in order, one microbatch a step; every rank gets as many steps."""
     return Loader(
@@ -256,6 +269,7 @@ def eval_loader(
         rank=rank,
         world=world,
         threads=threads,
+        ahead=ahead,
         shuffle=False,
     )
 

@@ -5,7 +5,7 @@ Three steps, each a plain function that releases the interpreter lock where it s
     probe      header -> (height, width)          microseconds; all that planning needs
     decode     file -> [H, W, 3] uint8            simplejpeg for JPEG if installed, else PIL; alpha goes onto white
     resize     -> [h, w, 3] uint8                 "torch": torchvision's antialiased uint8 kernel; "pil": PIL's
-    patchify   -> [P, C * T * p * p] uint8        block-major patches, channel-major inside
+    patchify   -> [P, C * T * p * p] uint8        block-major patches, channel-major inside (a still: T = 1)
 
 Pixels stay uint8 until the tower normalises them on the device: a quarter of the memory and of the copying. Like
 transformers' processors this ignores the EXIF orientation. Sizes are judged by the header, before anything is decoded,
@@ -118,7 +118,7 @@ def patchify(
     """Resized ``frames`` (each ``[h, w, 3] uint8``) as ``[P, 3 * temporal * patch * patch] uint8``, into ``out``.
 
     Patches are ordered (time, block row, block column, row in block, column in block); the last frame is repeated
-    to fill a temporal patch.
+    to fill a temporal patch. One frame with ``temporal`` 1 is a still, which the tower shows as long as a patch lasts.
     """
     height, width, channels = frames[0].shape
     steps = -(-len(frames) // temporal)

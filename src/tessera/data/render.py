@@ -75,6 +75,11 @@ class Encoded:
         return tuple(medium.item for medium in self.media)
 
     @property
+    def still(self) -> bool:
+        """Whether all media are single frames."""
+        return all(len(medium.sources) <= 1 for medium in self.media)
+
+    @property
     def patches(self) -> int:
         """Rows that the media take in the tower's input."""
         return sum(t * h * w for t, h, w in (medium.item.grid for medium in self.media))

@@ -130,8 +130,11 @@ class Session:
 
         ``on_text(index, piece)`` is called as text comes, and with None when the answer to that question has ended.
         """
+        width = self.encoder.patch_width(question.encoded for question in questions)
         with ThreadPoolExecutor(min(len(questions), DECODERS) or 1) as pool:
-            made = list(pool.map(self._materialised, questions, range(len(questions))))
+            made = list(
+                pool.map(lambda index: self._materialised(questions[index], index, width), range(len(questions)))
+            )
         ready = [held for held in made if isinstance(held, Materialised)]
         replies = iter(self._generate(ready, questions, on_text) if ready else ())
         return [next(replies) if isinstance(held, Materialised) else held for held in made]
@@ -140,8 +143,8 @@ class Session:
         """The answer's tokens as text, without special tokens."""
         return self.encoder.renderer.decode(answer.tokens, skip_special_tokens=True)
 
-    def _materialised(self, question: Question, index: int) -> Materialised | BadRow:
-        patches = np.empty((question.encoded.patches, self.encoder.patch_width), dtype=np.uint8)
+    def _materialised(self, question: Question, index: int, width: int) -> Materialised | BadRow:
+        patches = np.empty((question.encoded.patches, width), dtype=np.uint8)
         try:
             self.encoder.pixels(question.encoded, patches)
         except BadRow as error:

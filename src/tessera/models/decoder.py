@@ -20,11 +20,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tessera.contract.batch import Segments
 from tessera.models.attention import Layout, attend
-from tessera.models.layers import GatedMLP, RMSNorm
+from tessera.models.layers import GatedMLP, Recomputable, RMSNorm
 from tessera.models.rope import Angles, Rope, RopeConfig, rotate
 
 
@@ -164,12 +163,8 @@ class Attention(nn.Module):
         return out
 
 
-class Layer(nn.Module):
-    """Pre-norm attention and gated MLP, each added to the residual stream ``[T, H]``.
-
-    With ``recompute`` set, its activations are dropped after forward and computed again in backward. The checkpoint
-    lies inside ``forward`` so that hooks around the module (parameter gathering) run once.
-    """
+class Layer(Recomputable):
+    """Pre-norm attention and gated MLP, each added to the residual stream ``[T, H]``."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
@@ -177,17 +172,11 @@ class Layer(nn.Module):
         self.mlp = GatedMLP(config.hidden, config.inner, config.mlp_bias)
         self.input_layernorm = RMSNorm(config.hidden, config.eps)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.eps)
-        self.recompute = False
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        if self.recompute and self.training and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self._run, x, context, use_reentrant=False)
-            return out
-        return self._run(x, context)
-
-    def _run(self, x: Tensor, context: Context) -> Tensor:
+    def run(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Decoder(nn.Module):

@@ -1,4 +1,4 @@
-"""The pieces of a transformer block that are not attention: RMSNorm, gated MLP, patch embedding.
+"""The pieces of a transformer block that are not attention: RMSNorm, MLPs, patch embedding, recomputation.
 
 Numbers must equal transformers' to the last bit in float32, so the *order* of roundings is theirs: statistics in
 float32, back to the input's type, then times the weight. What differs is the cost. A block of a small model on a CPU
@@ -11,11 +11,33 @@ type where they are used, so that the residual stream keeps its type and its mem
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tessera.config.errors import UserError
+
+Activation = Callable[[Tensor], Tensor]
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""Activation functions by their name in a ``config.json``."""
+
+
+def activation(name: str) -> Activation:
+    """The activation function of that name; UserError if there is none."""
+    if name not in ACTIVATIONS:
+        raise UserError(f"config.json: hidden_act {name!r} is not supported ({', '.join(ACTIVATIONS)})")
+    return ACTIVATIONS[name]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -59,31 +81,91 @@ class RMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
-class GatedMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))`` on ``[T, H]``."""
+class _Gate(torch.autograd.Function):
+    """``silu(gate) * up``, keeping its two inputs only; backward computes ``silu`` again, which costs less than memory.
 
-    def __init__(self, size: int, inner: int, bias: bool) -> None:
+    Gradients of ``[T, inner]`` are the largest tensors of a block, so each is written where a dead one was.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_up = F.silu(gate).mul_(grads[0])
+        d_gate = grads[0] * up
+        return torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate), d_up
+
+
+class GatedMLP(nn.Module):
+    """``down(act(gate(x)) * up(x))`` on ``[T, H]``."""
+
+    def __init__(self, size: int, inner: int, bias: bool, act: Activation = F.silu) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(size, inner, bias=bias)
         self.up_proj = nn.Linear(size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        out: Tensor = self.down_proj(_Gate.apply(gate, up) if self.act is F.silu else self.act(gate) * up)
+        return out
+
+
+class MLP(nn.Module):
+    """``fc2(act(fc1(x)))`` on ``[P, E]``."""
+
+    def __init__(self, size: int, inner: int, act: Activation) -> None:
+        super().__init__()
+        self.linear_fc1 = nn.Linear(size, inner)
+        self.linear_fc2 = nn.Linear(inner, size)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_fc2(self.act(self.linear_fc1(x)))
         return out
 
 
 class PatchEmbed(nn.Module):
-    """Patches ``[P, D]`` to ``[P, E]``: the convolution whose stride is its kernel, as the matrix product it is.
+    """Patches ``[P, C * T * p * p]`` to ``[P, E]``: a convolution whose stride is its kernel, as the product it is.
 
-    Takes over the ``proj`` convolution of a vision tower, so the parameter keeps its name, shape and values.
+    A still image is a frame shown ``T`` times. It comes as ``[P, C * p * p]``, once, and meets the sum of the
+    kernel over time: half the pixels and half the arithmetic.
     """
 
-    def __init__(self, proj: nn.Module) -> None:
+    def __init__(self, channels: int, temporal: int, patch: int, size: int, bias: bool) -> None:
         super().__init__()
-        self.proj = proj
+        kernel = (temporal, patch, patch)
+        self.proj = nn.Conv3d(channels, size, kernel_size=kernel, stride=kernel, bias=bias)
 
     def forward(self, patches: Tensor) -> Tensor:
-        weight, bias = self.proj.weight, self.proj.bias
-        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-        return F.linear(patches.to(weight.dtype), weight.flatten(1), bias)
+        weight: Tensor = self.proj.weight
+        still = patches.shape[1] * weight.shape[2] == weight[0].numel()
+        flat = weight.sum(2).flatten(1) if still else weight.flatten(1)
+        return F.linear(patches.to(weight.dtype), flat, self.proj.bias)
+
+
+class Recomputable(nn.Module):
+    """A module whose activations can be dropped after forward and computed again in backward (``recompute``).
+
+    Subclasses implement ``run``. The checkpoint lies inside ``forward`` so that hooks around the module (parameter
+    gathering) run once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recompute = False
+
+    def forward(self, *args: Any) -> Tensor:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self.run, *args, use_reentrant=False)
+            return out
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Tensor:
+        """The module's computation."""
+        raise NotImplementedError

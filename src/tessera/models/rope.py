@@ -115,6 +115,16 @@ class Rope:
         return Angles(angle.cos().to(dtype).unsqueeze(1), angle.sin().to(dtype).unsqueeze(1))
 
 
+def axial_angles(positions: Tensor, head_dim: int, theta: float) -> Angles:
+    """Angles in float32 for ``positions [P, 2] int64`` (row, column); half of the pairs follow each.
+
+    The rotary embedding of vision towers.
+    """
+    plain = frequencies(RopeConfig(theta), head_dim // 2).to(positions.device)
+    angle = (positions[:, :, None].float() * plain).flatten(1).unsqueeze(1)
+    return Angles(angle.cos(), angle.sin())
+
+
 class _Rotate(torch.autograd.Function):
     """Turns the last dimension of ``x [T, heads, D]``; the gradient is turned back by the same angles."""
 

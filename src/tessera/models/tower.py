@@ -1,20 +1,25 @@
-"""Vision towers: transformers' modules, unmodified, fed with integers that were computed on the CPU beforehand.
+"""One vision tower for every own family: packed like the decoder, and told everything it needs beforehand.
 
-A tower of transformers 5 takes its window order, interpolation weights and segment boundaries as keyword arguments;
-given those, its forward never asks the device a question. Three things around it are ours:
+A tower is a transformer over the patches of all images of a batch, end to end ``[P, E]``, no padding::
 
-- pixel levels arrive as ``uint8`` and are normalised here, with transformers' own two roundings;
-- the blocks' attention: all images (or windows) of one length in one call instead of a loop over segments, and a
-  rotation of queries and keys with a third of the operators;
-- the patch embedding, a convolution whose stride is its kernel, as the matrix product it is, and RMSNorm.
+    pixels [P, C * T * p * p] uint8 -> normalise -> patch embedding -> blocks -> merger -> features [P / merge^2, H]
 
-:func:`prepare` exchanges these children of the module once, parameters and names kept; :func:`run` is one pass.
+Attention stays inside one image (or video frame), or inside one *window* of it: for windowed towers the patches are
+brought into window order once, before the first block, and the features back into image order after the merger. All
+integers that this takes (window order, positions, segment boundaries, taps into a learned position table) come with the
+batch, so a forward pass never asks the device a question. Positions enter as rotary angles, half of a head's
+frequencies following the row and half the column.
+
+What sets families apart are the modules a :class:`TowerConfig` makes (norm, MLP, merger), which blocks look at whole
+images, and *deepstack*: features of earlier blocks, merged by mergers of their own, for the decoder's first layers.
+Parameters carry transformers' names. Importing transformers' own towers would cost more than half of a start-up, and
+running them a segment at a time; the tests hold this one to their outputs and gradients instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +27,34 @@ from torch import Tensor, nn
 
 from tessera.contract.batch import Media, Normalisation
 from tessera.models.attention import Layout, attend, permuted, plan
-from tessera.models.layers import PatchEmbed, RMSNorm
-from tessera.models.rope import Angles, rotate
+from tessera.models.layers import PatchEmbed, Recomputable
+from tessera.models.rope import Angles, axial_angles, rotate
+
+
+@dataclass(frozen=True, slots=True)
+class TowerConfig:
+    """Sizes of a tower and the makers of its parts.
+
+    ``norm(size)``, ``mlp()`` and ``merger(first_norm_after_merging)`` make modules; ``whole`` lists the blocks that
+    attend to whole images (None: all, no windows); ``table`` is the number of learned positions (0: none);
+    ``deepstack`` lists the blocks whose output goes to the decoder's first layers.
+    """
+
+    depth: int
+    hidden: int
+    heads: int
+    patch: int
+    temporal: int
+    merge: int
+    norm: Callable[[int], nn.Module]
+    mlp: Callable[[], nn.Module]
+    merger: Callable[[bool], nn.Module]
+    patch_bias: bool
+    channels: int = 3
+    theta: float = 10000.0
+    whole: frozenset[int] | None = None
+    table: int = 0
+    deepstack: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,51 +73,91 @@ class Features:
 
 
 class TowerAttention(nn.Module):
-    """Attention of a tower block with the ``qkv`` and ``proj`` of the module it takes over; called as that one was."""
+    """Bidirectional self-attention of a block on ``[P, E]``, in the segments of a layout."""
 
-    def __init__(self, taken: Any) -> None:
+    def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
-        self.qkv: nn.Module = taken.qkv
-        self.proj: nn.Module = taken.proj
-        self.heads: int = taken.num_heads
-        self.scale: float = taken.scaling
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.proj = nn.Linear(hidden, hidden)
+        self.heads = heads
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cu_seqlens: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        layouts: tuple[Layout, ...],
-        **unused: Any,
-    ) -> Tensor:
-        """``[P, E]`` to ``[P, E]``; the tables ``[P, D]`` hold each angle twice, ``cu_seqlens`` names the layout."""
-        layout = next(layout for layout in layouts if layout.cu_seqlens is cu_seqlens)
-        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        cos, sin = (table[:, None, : table.shape[-1] // 2] for table in position_embeddings)
+    def forward(self, x: Tensor, angles: Angles, layout: Layout) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         # The rotation is done in float32, as transformers does it; attention returns the type of the values.
-        q, k = rotate(q.float(), Angles(cos, sin)), rotate(k.float(), Angles(cos, sin))
-        q, k, v = (permuted(x, layout.order, layout.inverse) for x in (q, k, v))
-        mixed = permuted(attend(q, k, v, layout, self.scale), layout.inverse, layout.order)
+        q, k = rotate(q.float(), angles), rotate(k.float(), angles)
+        q, k, v = (permuted(part, layout.order, layout.inverse) for part in (q, k, v))
+        mixed = permuted(attend(q, k, v, layout), layout.inverse, layout.order)
         out: Tensor = self.proj(mixed.flatten(1))
         return out
 
 
-def prepare(tower: nn.Module, norm: type[nn.Module] | None = None) -> nn.Module:
-    """Make a transformers vision module ready for :func:`run`; ``norm`` is its class of RMSNorm, if it has one."""
-    for owner in list(tower.modules()):
-        for leaf, child in list(owner.named_children()):
-            old: Any = child
-            if leaf == "patch_embed":
-                owner.register_module(leaf, PatchEmbed(old.proj))
-            elif leaf == "attn":
-                owner.register_module(leaf, TowerAttention(old))
-            elif norm is not None and isinstance(child, norm):
-                owner.register_module(leaf, RMSNorm(old.weight.shape[0], old.variance_epsilon))
-            elif leaf == "rotary_pos_emb":
-                # Built on the meta device, its frequencies would be lost: buffers that no checkpoint stores.
-                with torch.device("cpu"):
-                    owner.register_module(leaf, type(child)(tower.config))
-    return tower
+class Block(Recomputable):
+    """Pre-norm attention and MLP, each added to the residual stream ``[P, E]``."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.norm1 = config.norm(config.hidden)
+        self.norm2 = config.norm(config.hidden)
+        self.attn = TowerAttention(config.hidden, config.heads)
+        self.mlp = config.mlp()
+
+    def run(self, x: Tensor, angles: Angles, layout: Layout) -> Tensor:
+        x = x + self.attn(self.norm1(x), angles, layout)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class Tower(nn.Module):
+    """The vision tower; see the module docstring."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config.channels, config.temporal, config.patch, config.hidden, config.patch_bias)
+        if config.table:
+            self.pos_embed = nn.Embedding(config.table, config.hidden)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.merger = config.merger(False)
+        if config.deepstack:
+            self.deepstack_merger_list = nn.ModuleList([config.merger(True) for _ in config.deepstack])
+
+    def forward(self, media: Media, dtype: torch.dtype) -> Features:
+        """Features of all items of ``media``, in order, as ``dtype`` (float32, or the autocast type)."""
+        config, inputs, windows = self.config, media.tower, media.tower_segments.get("cu_window_seqlens")
+        images = plan(media.tower_segments["cu_seqlens"], causal=False, dtype=dtype)
+        inside = images if windows is None else plan(windows, causal=False, dtype=dtype)
+        x = self.patch_embed(normalise(media.patches, media.normalisation))
+        if config.table:
+            x = x + self._table_positions(inputs["interp_indices"], inputs["interp_weights"]).to(x.dtype)
+        order, positions = inputs.get("window_index"), inputs["position_ids"]
+        if order is not None:
+            x, positions = self._units(x, order), self._units(positions, order)
+        angles = axial_angles(positions, config.hidden // config.heads, config.theta)
+        deepstack = []
+        for index, block in enumerate(self.blocks):
+            x = block(x, angles, images if config.whole is None or index in config.whole else inside)
+            if index in config.deepstack:
+                merger = self.deepstack_merger_list[config.deepstack.index(index)]
+                deepstack.append(merger(x).to(dtype))
+        final: Tensor = self.merger(x).to(dtype)
+        if order is not None:
+            final = permuted(final, _inverse(order), order)
+        return Features(final, tuple(deepstack))
+
+    def _table_positions(self, taps: Tensor, shares: Tensor) -> Tensor:
+        """Learned positions ``[P, E]`` interpolated from ``taps [P, 4]`` entries with ``shares [P, 4]``."""
+        return (self.pos_embed(taps) * shares[:, :, None]).sum(1)
+
+    def _units(self, x: Tensor, order: Tensor) -> Tensor:
+        """Rows of ``x [P, ...]`` with the merge cells in ``order [P / merge^2]``."""
+        units = x.unflatten(0, (-1, self.config.merge**2))
+        return permuted(units, order, _inverse(order) if x.requires_grad else None).flatten(0, 1)
+
+
+def _inverse(order: Tensor) -> Tensor:
+    out = torch.empty_like(order)
+    out[order] = torch.arange(len(order), device=order.device)
+    return out
 
 
 def normalise(patches: Tensor, how: Normalisation) -> Tensor:
@@ -102,16 +173,3 @@ def normalise(patches: Tensor, how: Normalisation) -> Tensor:
     table = (levels[None] - np.array(how.mean, np.float32)[:, None]) / np.array(how.std, np.float32)[:, None]
     offsets = torch.arange(channels, device=patches.device)[:, None] * 256
     return torch.from_numpy(table).to(patches.device).flatten()[(planes.int() + offsets).flatten(1)]
-
-
-def run(tower: nn.Module, media: Media, dtype: torch.dtype) -> Features:
-    """Features of all items of ``media``, in order; activations of ``dtype`` (float32, or the autocast type)."""
-    layouts = tuple(plan(segments, causal=False, dtype=dtype) for segments in media.tower_segments.values())
-    inputs: dict[str, Any] = dict(media.tower)
-    for (name, segments), layout in zip(media.tower_segments.items(), layouts, strict=True):
-        inputs[name] = layout.cu_seqlens
-        # cu_seqlens -> max_seqlen, cu_window_seqlens -> max_window_seqlen: given, the tower need not compute it.
-        inputs[name.replace("cu_", "max_").removesuffix("s")] = segments.max_seqlen
-    out = tower(normalise(media.patches, media.normalisation), grid_thw=media.grids, layouts=layouts, **inputs)
-    deepstack = out.get("deepstack_features", ())
-    return Features(out.pooler_output.to(dtype), tuple(feature.to(dtype) for feature in deepstack))

@@ -16,24 +16,21 @@ row on entry and restores the order on exit, and nobody outside can tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tessera.contract.batch import Batch
 from tessera.contract.model import LossSum, Objective
 from tessera.contract.plan import Plan, matches
 from tessera.models.attention import permuted, plan
-from tessera.models.decoder import Decoder, DecoderConfig, KVCache, Layer
-from tessera.models.tower import run
+from tessera.models.decoder import Decoder, DecoderConfig, KVCache
+from tessera.models.layers import Recomputable
+from tessera.models.tower import Tower
 
 
 class Trunk(nn.Module):
     """Tower and decoder side by side; exists for the names ``model.visual`` and ``model.language_model``."""
 
-    def __init__(self, visual: nn.Module, language_model: Decoder) -> None:
+    def __init__(self, visual: Tower, language_model: Decoder) -> None:
         super().__init__()
         self.visual = visual
         self.language_model = language_model
@@ -42,7 +39,7 @@ class Trunk(nn.Module):
 class VLM(nn.Module):
     """A decoder, with or without a vision tower; see the module docstring."""
 
-    def __init__(self, config: DecoderConfig, visual: nn.Module | None = None) -> None:
+    def __init__(self, config: DecoderConfig, visual: Tower | None = None) -> None:
         super().__init__()
         decoder = Decoder(config)
         self.model = decoder if visual is None else Trunk(visual, decoder)
@@ -54,7 +51,7 @@ class VLM(nn.Module):
         return self.model.language_model if isinstance(self.model, Trunk) else self.model
 
     @property
-    def visual(self) -> nn.Module | None:
+    def visual(self) -> Tower | None:
         return self.model.visual if isinstance(self.model, Trunk) else None
 
     @property
@@ -81,14 +78,11 @@ class VLM(nn.Module):
 
     def set_recompute(self, plan: Plan, *, decoder: bool, tower: bool) -> None:
         """Switch activation recomputation on or off at the plan's points of the decoder and of the tower."""
-        for name, module in self.named_modules():
-            if any(matches(pattern, name) for pattern in plan.recompute_decoder):
-                assert isinstance(module, Layer), f"{name} cannot be recomputed"
-                module.recompute = decoder
-            elif any(matches(pattern, name) for pattern in plan.recompute_tower):
-                block: Any = module  # a transformers block; these two attributes are its own switch
-                block.gradient_checkpointing = tower
-                block._gradient_checkpointing_func = _recomputed
+        for patterns, on in ((plan.recompute_decoder, decoder), (plan.recompute_tower, tower)):
+            for name, module in self.named_modules():
+                if any(matches(pattern, name) for pattern in patterns):
+                    assert isinstance(module, Recomputable), f"{name} cannot be recomputed"
+                    module.recompute = on
 
     def _hidden(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
         decoder, media, visual = self.decoder, batch.media, self.visual
@@ -103,13 +97,7 @@ class VLM(nn.Module):
         deepstack: tuple[Tensor, ...] = ()
         if media is not None and visual is not None:
             dest = media.dest if layout.inverse is None else layout.inverse.index_select(0, media.dest)
-            features = run(visual, media, x.dtype).landing(dest.shape[0])
+            features = visual(media, x.dtype).landing(dest.shape[0])
             x, deepstack = x.index_copy(0, dest, features.final), features.deepstack
         hidden: Tensor = decoder(x, positions, layout, deepstack, dest, cache)
         return permuted(hidden, layout.inverse, layout.order)
-
-
-def _recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """Run ``function`` now and again in backward, keeping only its inputs in between."""
-    out: Tensor = checkpoint(function, *args, use_reentrant=False)
-    return out

@@ -69,7 +69,7 @@ def test_minimal_frame_without_images_and_none_without_tower() -> None:
     media = collate([TWO], make_geometry()).media
     assert media is not None
     assert media.minimal
-    assert media.patches.shape == (4, 1176)
+    assert media.patches.shape == (4, 588)
     assert media.dest.tolist() == []
     assert collate([TWO], make_geometry("text")).media is None
     assert collate([TWO], make_geometry("text")).positions.tolist() == [0, 1, 2]

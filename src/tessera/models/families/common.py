@@ -81,6 +81,14 @@ def decoder_config(
     )
 
 
+def axial_theta(vision: HFConfig) -> float:
+    """Base period of a tower's rotary positions; UserError for a rule other than the axial one."""
+    rope: Mapping[str, Any] = vision.get("rope_parameters") or {}
+    if rope.get("rope_type", "axial") not in ("axial", "default"):
+        raise UserError(f"config.json: rope_type {rope['rope_type']!r} of the vision tower is not supported (axial)")
+    return float(rope.get("rope_theta", 10000.0))
+
+
 def normalisation(preprocessor: Mapping[str, Any]) -> Normalisation:
     """Pixel normalisation of a ``preprocessor_config.json``, CLIP's values where it is silent."""
     return Normalisation(

@@ -9,24 +9,65 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tessera.contract.model import Family, Geometry, HFConfig
 from tessera.contract.weightmap import Rename, WeightMap
-from tessera.models.families.common import decoder_config, normalisation, rope_config, text_config, tied, ties, vlm_plan
+from tessera.models.families.common import (
+    axial_theta,
+    decoder_config,
+    normalisation,
+    rope_config,
+    text_config,
+    tied,
+    ties,
+    vlm_plan,
+)
 from tessera.models.geometry import PatchGeometry
-from tessera.models.tower import prepare
+from tessera.models.layers import GatedMLP, RMSNorm, activation
+from tessera.models.tower import Tower, TowerConfig
 from tessera.models.vlm import VLM
+
+
+class Merger(nn.Module):
+    """``merge^2`` patches ``[P, E]`` to one token ``[P / merge^2, H]``."""
+
+    def __init__(self, size: int, merge: int, out: int) -> None:
+        super().__init__()
+        self.wide = size * merge**2
+        self.ln_q = RMSNorm(size, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(self.wide, self.wide), nn.GELU(), nn.Linear(self.wide, out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.mlp(self.ln_q(x).view(-1, self.wide))
+        return out
+
+
+def tower(vision: Mapping[str, Any]) -> Tower:
+    """The vision tower of a ``vision_config``; transformers' values where it is silent."""
+    size, merge = vision.get("hidden_size", 3584), vision.get("spatial_merge_size", 2)
+    inner, act = vision.get("intermediate_size", 3420), activation(vision.get("hidden_act", "silu"))
+    return Tower(
+        TowerConfig(
+            depth=vision.get("depth", 32),
+            hidden=size,
+            heads=vision.get("num_heads", 16),
+            patch=vision.get("patch_size", 14),
+            temporal=vision.get("temporal_patch_size", 2),
+            channels=vision.get("in_channels", 3),
+            merge=merge,
+            norm=lambda width: RMSNorm(width, eps=1e-6),
+            mlp=lambda: GatedMLP(size, inner, bias=True, act=act),
+            merger=lambda _: Merger(size, merge, vision.get("out_hidden_size", 3584)),
+            patch_bias=False,
+            theta=axial_theta(vision),
+            whole=frozenset(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
+        )
+    )
 
 
 def build(config: HFConfig) -> nn.Module:
     """The module on the current default device."""
-    from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl, modeling_qwen2_5_vl
-
-    vision = {key: value for key, value in config["vision_config"].items() if key != "model_type"}
-    tower = modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel(
-        configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig(**vision)
-    )
     text = text_config(config)
     decoder = decoder_config(
         text,
@@ -37,7 +78,7 @@ def build(config: HFConfig) -> nn.Module:
         mlp_bias=False,
         qk_norm=False,
     )
-    return VLM(decoder, prepare(tower, norm=modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm))
+    return VLM(decoder, tower(config["vision_config"]))
 
 
 def geometry(config: HFConfig, preprocessor: Mapping[str, Any]) -> Geometry:

@@ -5,22 +5,71 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tessera.contract.model import Family, Geometry, HFConfig
 from tessera.contract.weightmap import WeightMap
-from tessera.models.families.common import decoder_config, normalisation, rope_config, text_config, tied, ties, vlm_plan
+from tessera.models.families.common import (
+    axial_theta,
+    decoder_config,
+    normalisation,
+    rope_config,
+    text_config,
+    tied,
+    ties,
+    vlm_plan,
+)
 from tessera.models.geometry import PatchGeometry
-from tessera.models.tower import prepare
+from tessera.models.layers import MLP, activation
+from tessera.models.tower import Tower, TowerConfig
 from tessera.models.vlm import VLM
+
+
+class Merger(nn.Module):
+    """``merge^2`` patches ``[P, E]`` to one token ``[P / merge^2, H]``; normed before merging or, deepstack, after."""
+
+    def __init__(self, size: int, merge: int, out: int, norm_merged: bool) -> None:
+        super().__init__()
+        self.wide = size * merge**2
+        self.norm_merged = norm_merged
+        self.norm = nn.LayerNorm(self.wide if norm_merged else size, eps=1e-6)
+        self.linear_fc1 = nn.Linear(self.wide, self.wide)
+        self.linear_fc2 = nn.Linear(self.wide, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.view(-1, self.wide) if self.norm_merged else x).view(-1, self.wide)
+        out: Tensor = self.linear_fc2(F.gelu(self.linear_fc1(x)))
+        return out
+
+
+def tower(vision: Mapping[str, Any]) -> Tower:
+    """The vision tower of a ``vision_config``; transformers' values where it is silent."""
+    size, merge = vision.get("hidden_size", 1152), vision.get("spatial_merge_size", 2)
+    inner, act = vision.get("intermediate_size", 4304), activation(vision.get("hidden_act", "gelu_pytorch_tanh"))
+    out = vision.get("out_hidden_size", 3584)
+    return Tower(
+        TowerConfig(
+            depth=vision.get("depth", 27),
+            hidden=size,
+            heads=vision.get("num_heads", 16),
+            patch=vision.get("patch_size", 16),
+            temporal=vision.get("temporal_patch_size", 2),
+            channels=vision.get("in_channels", 3),
+            merge=merge,
+            norm=lambda width: nn.LayerNorm(width, eps=1e-6),
+            mlp=lambda: MLP(size, inner, act),
+            merger=lambda norm_merged: Merger(size, merge, out, norm_merged),
+            patch_bias=True,
+            theta=axial_theta(vision),
+            table=vision.get("num_position_embeddings", 2304),
+            deepstack=tuple(vision.get("deepstack_visual_indexes", (8, 16, 24))),
+        )
+    )
 
 
 def build(config: HFConfig) -> nn.Module:
     """The module on the current default device."""
-    from transformers.models.qwen3_vl import configuration_qwen3_vl, modeling_qwen3_vl
-
-    vision = {key: value for key, value in config["vision_config"].items() if key != "model_type"}
-    tower = modeling_qwen3_vl.Qwen3VLVisionModel(configuration_qwen3_vl.Qwen3VLVisionConfig(**vision))
     text = {"head_dim": 128, **text_config(config)}
     bias = bool(text.get("attention_bias", False))
     decoder = decoder_config(
@@ -32,7 +81,7 @@ def build(config: HFConfig) -> nn.Module:
         mlp_bias=False,
         qk_norm=True,
     )
-    return VLM(decoder, prepare(tower))
+    return VLM(decoder, tower(config["vision_config"]))
 
 
 def geometry(config: HFConfig, preprocessor: Mapping[str, Any]) -> Geometry:
