@@ -23,6 +23,7 @@ FLAGS = {
     "lora-everywhere": ["--freeze_vit", "false", "--freeze_aligner", "false", "--vit_lr", "1e-5"],
     "saved": ["--modules_to_save", "embed_tokens"],
     "qlora": ["--quant_method", "bnb", "--quant_bits", "4"],
+    "qlora-8": ["--quant_method", "bnb", "--quant_bits", "8"],
     "full": ["--train_type", "full", "--freeze_vit", "false", "--freeze_aligner", "false", "--aligner_lr", "1e-3"],
     "muon": ["--train_type", "full", "--optim", "muon"],
     "wsd": ["--lr_scheduler_type", "warmup_stable_decay", "--warmup_steps", "1", "--min_lr", "1e-6"],
@@ -169,3 +170,14 @@ def test_a_file_of_flags(shared: Path, tmp_path: Path) -> None:
     works("sft", tmp_path / "run.json", "--lora_rank", "2")
     assert json.loads((checkpoint(tmp_path / "out") / "adapter_config.json").read_text())["r"] == 2
     assert "tokens per row" in works("data", "--model", shared / "qwen3", "--dataset", shared / "text.jsonl").out
+
+
+def test_long_documents_are_split(shared: Path, tmp_path: Path) -> None:
+    rows = [{"text": " ".join(f"word{n}" for n in range(40 + 10 * row))} for row in range(4)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "out"
+    train(shared, out, "pt", "--truncation_strategy", "split", "--max_length", "32", model="qwen3", data=data)
+    assert not (next(out.iterdir()) / "skipped.jsonl").exists()
+    pieces = works("data", "--model", shared / "qwen3", "--dataset", data, "--truncation_strategy", "split",
+                   "--max_length", "32", "--loss_scale", "all").out  # fmt: skip
+    assert "tokens per row: " in pieces and "max 32" in pieces

@@ -128,7 +128,7 @@ def logits_of(model: VLM, batch: Batch) -> Tensor:
 
 def reference_logits(reference: nn.Module, config: dict[str, Any], batch: Batch) -> Tensor:
     """transformers' logits ``[T, V]``: one call per segment, nothing packed, its own position computation."""
-    from tessera.models.tower import normalise
+    from tessera.models.tower import channel_major, normalise
 
     outs, patch_start = [], 0
     starts = batch.segments.cu_seqlens.tolist()
@@ -142,7 +142,7 @@ def reference_logits(reference: nn.Module, config: dict[str, Any], batch: Batch)
             patches = media.patches[patch_start : patch_start + count]
             patch_start += count
             extra = {
-                "pixel_values": normalise(patches, media.normalisation),
+                "pixel_values": channel_major(normalise(patches, media.normalisation), 3),
                 "image_grid_thw": torch.tensor(sizes),
                 "mm_token_type_ids": (ids == geometry_of(config).pad_ids["image"]).int(),
             }

@@ -15,7 +15,7 @@ from tessera.config.errors import UserError
 from tessera.contract.batch import Batch
 from tessera.models.families import family_of
 from tessera.models.families.fallback import FAMILY
-from tessera.models.tower import normalise
+from tessera.models.tower import channel_major, normalise
 from tessera.weights.hf import Checkpoint, load, save
 from tests.parity import reference as ref
 
@@ -51,7 +51,7 @@ def one_by_one(reference: nn.Module, batch: Batch) -> Tensor:
         count = batch.media.owners.count(index)
         patches = batch.media.patches[image : image + count]
         image += count
-        pixels = normalise(patches, batch.media.normalisation).view(-1, 3, 28, 28)
+        pixels = channel_major(normalise(patches, batch.media.normalisation), 3).view(-1, 3, 28, 28)
         extra = {"pixel_values": pixels} if count else {}
         outs.append(reference(input_ids=ids[None], use_cache=False, **extra).logits[0])
     return torch.cat(outs)

@@ -19,7 +19,7 @@ from tessera.infer import run as infer
 from tessera.infer.generate import Answer, Generator, Limits
 from tessera.infer.results import read_results
 from tessera.infer.sampling import Sampling
-from tessera.models.tower import normalise
+from tessera.models.tower import channel_major, normalise
 from tessera.recipes import export
 from tests.disk import save_checkpoint
 from tests.parity import reference as ref
@@ -45,7 +45,7 @@ def expected(theirs: nn.Module, config: dict[str, Any], batch: Batch, stops: set
         sizes = [g for g, owner in zip(media.sizes, media.owners, strict=True) if owner == row] if media else []
         if media is not None and sizes:
             count = sum(t * h * w for t, h, w in sizes)
-            pixels = normalise(media.patches[patch : patch + count], media.normalisation)
+            pixels = channel_major(normalise(media.patches[patch : patch + count], media.normalisation), 3)
             patch += count
             pads = ref.geometry_of(config).pad_ids["image"]
             extra = {

@@ -99,8 +99,8 @@ MODEL = (
     F("model_kwargs", "model", "json", None, "the limits above as one JSON object"),
     F("quant_method", "model", "str", None, "quantise the frozen base model (QLoRA)", carry="adapter",
       choices=("bnb",)),
-    F("quant_bits", "model", "int", None, "bits of the quantised base model; 4 is NF4", carry="adapter",
-      choices=("4",)),
+    F("quant_bits", "model", "int", None, "bits of the quantised base model; 4 is NF4, 8 LLM.int8", carry="adapter",
+      choices=("4", "8")),
 )  # fmt: skip
 
 DATA = (
@@ -114,7 +114,7 @@ DATA = (
     F("val_dataset_shuffle", "data", "bool", False, "shuffle the validation rows", carry="data"),
     F("max_length", "data", "int", None, "most tokens of a row; the model's maximum if not given", low=1),
     F("truncation_strategy", "data", "str", "delete", "what happens to longer rows", carry="always",
-      choices=("delete", "left", "right")),
+      choices=("delete", "left", "right", "split")),
     F("packing", "data", "bool", False, "pack whole rows into units of --packing_length tokens"),
     F("packing_length", "data", "int", None, "tokens of a pack; --max_length if not given", low=1),
     F("system", "data", "str", None, "system prompt, or a .txt file that holds it", carry="always"),
@@ -157,7 +157,8 @@ ADAPT = (
 
 TRAINING = (
     F("num_train_epochs", "train", "float", 3.0, "passes over the data", low=0),
-    F("max_steps", "train", "int", -1, "optimiser steps; overrides the epochs unless -1", low=-1),
+    F("max_steps", "train", "int", -1, "optimiser steps; overrides the epochs unless -1", low=-1,
+      verbs=(*TRAIN, "demo")),
     F("per_device_train_batch_size", "train", "int", 1, "rows (packs) of a microbatch on one process", low=1),
     F("per_device_eval_batch_size", "train", "int", 1, "the same while evaluating", low=1, verbs=(*TRAIN, "infer")),
     F("gradient_accumulation_steps", "train", "int", None, "microbatches of a step; fills 16 rows if not given",

@@ -233,7 +233,7 @@ def _finish(draft: _Draft, env: Mapping[str, str]) -> Run:
     _paths(draft)
     _parallel(values)
     _derive(draft, env)
-    _check(values)
+    _check(draft.verb, values)
     _hints(draft)
     rooms = {
         room: kind(**{spec.name: values[spec.name] for spec in fields(kind)}) for room, kind in ROOM_CLASSES.items()
@@ -329,12 +329,14 @@ def _export_dir(values: Mapping[str, Any]) -> str:
     return f"{source.rstrip('/')}-merged" if values["merge_lora"] else f"{source.rstrip('/')}-export"
 
 
-def _check(values: Mapping[str, Any]) -> None:
+def _check(verb: str, values: Mapping[str, Any]) -> None:
     """Combinations that cannot work, whatever the model and the data are."""
     if values["train_type"] == "full" and values["quant_method"] is not None:
         raise usage_error("--train_type full cannot train a quantised model; use --train_type lora (QLoRA)")
     if values["quant_bits"] is not None and values["quant_method"] is None:
         raise usage_error(f"--quant_bits {values['quant_bits']} needs --quant_method bnb")
+    if verb == "sft" and values["truncation_strategy"] == "split":
+        raise usage_error("--truncation_strategy split cuts documents for tessera pt; sft takes delete, left or right")
     if values["push_to_hub"] and not values["hub_model_id"]:
         raise usage_error("--push_to_hub true needs --hub_model_id namespace/name")
     if values["merge_lora"] and not values["adapters"]:

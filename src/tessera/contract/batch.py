@@ -75,8 +75,8 @@ class Normalisation:
 class Media:
     """The images and videos of one microbatch, as the tower eats them.
 
-    ``patches [P, D] uint8`` are pixel levels in the tower's patch order (``D = channels * temporal_patch * patch *
-    patch``, channel-major; without the ``temporal_patch`` if all items are single frames); ``grids [M, 3] int64`` are
+    ``patches [P, D] uint8`` are pixel levels in the tower's patch order (``D = temporal_patch * patch * patch *
+    channels``, as in an image; without ``temporal_patch`` if all items are single frames); ``grids [M, 3] int64`` are
     the items' (t, h, w) in patches and ``sizes`` the same on the host; row ``i`` of the tower's output goes to token
     slot ``dest[i]`` (``dest [V] int64``). ``owners[m]`` is the segment item ``m`` belongs to. ``tower`` holds the
     precomputed integer inputs of the tower under the names its forward takes, ``tower_segments`` the attention segments

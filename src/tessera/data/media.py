@@ -5,7 +5,7 @@ Three steps, each a plain function that releases the interpreter lock where it s
     probe      header -> (height, width)          microseconds; all that planning needs
     decode     file -> [H, W, 3] uint8            simplejpeg for JPEG if installed, else PIL; alpha goes onto white
     resize     -> [h, w, 3] uint8                 "torch": torchvision's antialiased uint8 kernel; "pil": PIL's
-    patchify   -> [P, C * T * p * p] uint8        block-major patches, channel-major inside (a still: T = 1)
+    patchify   -> [P, T * p * p * C] uint8        block-major patches, pixels as in the image (a still: T = 1)
 
 Pixels stay uint8 until the tower normalises them on the device: a quarter of the memory and of the copying. Like
 transformers' processors this ignores the EXIF orientation. Sizes are judged by the header, before anything is decoded,
@@ -34,7 +34,6 @@ MAX_DECODED_PIXELS = 178_956_970
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _HEAD = 4096
-_STRIPE = 1 << 17
 _FAST_JPEG = importlib.util.find_spec("simplejpeg") is not None
 
 
@@ -115,7 +114,7 @@ def resize(pixels: np.ndarray, height: int, width: int, how: str) -> np.ndarray:
 def patchify(
     frames: Sequence[np.ndarray], patch: int, merge: int, temporal: int, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Resized ``frames`` (each ``[h, w, 3] uint8``) as ``[P, 3 * temporal * patch * patch] uint8``, into ``out``.
+    """Resized ``frames`` (each ``[h, w, 3] uint8``) as ``[P, temporal * patch * patch * 3] uint8``, into ``out``.
 
     Patches are ordered (time, block row, block column, row in block, column in block); the last frame is repeated
     to fill a temporal patch. One frame with ``temporal`` 1 is a still, which the tower shows as long as a patch lasts.
@@ -124,25 +123,14 @@ def patchify(
     steps = -(-len(frames) // temporal)
     rows, cols = height // (patch * merge), width // (patch * merge)
     if out is None:
-        out = np.empty((steps * rows * cols * merge * merge, channels * temporal * patch * patch), dtype=np.uint8)
-    # Copying opaque items of one patch row, then of one whole patch, is several times faster than copying bytes; a
-    # stripe at a time stays in the cache.
-    row, square = np.dtype((np.void, patch)), np.dtype((np.void, patch * patch))
-    lines = out.view(row).reshape(steps, rows, cols, merge, merge, channels, temporal, patch)
-    squares = out.view(square).reshape(steps, rows, cols, merge, merge, channels, temporal)
-    stripe = max(1, _STRIPE // (width * channels * patch * merge))
-    for first in range(0, rows, stripe):
-        count = min(stripe, rows - first)
-        for index in range(steps * temporal):
-            step, at = divmod(index, temporal)
-            if index < len(frames):
-                pixels = frames[index][first * patch * merge : (first + count) * patch * merge]
-                planar = pixels.transpose(2, 0, 1).copy().view(row)
-                blocks = planar.reshape(channels, count, merge, patch, cols, merge).transpose(1, 4, 2, 5, 0, 3)
-                lines[step, first : first + count, ..., at, :] = blocks
-            else:
-                last, before = divmod(index - 1, temporal)
-                squares[step, first : first + count, ..., at] = squares[last, first : first + count, ..., before]
+        out = np.empty((steps * rows * cols * merge * merge, temporal * patch * patch * channels), dtype=np.uint8)
+    # One row of one patch is contiguous in the image and in the patch: copied as one opaque item, not byte by byte.
+    row = np.dtype((np.void, patch * channels))
+    lines = out.view(row).reshape(steps, rows, cols, merge, merge, temporal, patch)
+    for index in range(steps * temporal):
+        pixels = np.ascontiguousarray(frames[min(index, len(frames) - 1)]).reshape(height, width * channels)
+        blocks = pixels.view(row).reshape(rows, merge, patch, cols, merge).transpose(0, 3, 1, 4, 2)
+        lines[index // temporal, :, :, :, :, index % temporal] = blocks
     return out
 
 

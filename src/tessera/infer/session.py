@@ -204,7 +204,7 @@ def attach(
     quantised: tuple[str, ...] = ()
     if quantisation is not None:
         kept = door.read_json(Path(directory) / lora.CONFIG_FILE).get("modules_to_save") or ()
-        keep = lora.modules_to_save(module, kept)
+        keep = lora.modules_to_save(module, kept, str.endswith)  # as peft reads its own file
         quantised = quant.quantise(module, source.plan.groups, quantisation, keep=keep)
     known = {name for name, _ in module.named_modules()}
 

@@ -131,10 +131,11 @@ class MLP(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches ``[P, C * T * p * p]`` to ``[P, E]``: a convolution whose stride is its kernel, as the product it is.
+    """Patches ``[P, T * p * p * C]`` to ``[P, E]``: a convolution whose stride is its kernel, as the product it is.
 
-    A still image is a frame shown ``T`` times. It comes as ``[P, C * p * p]``, once, and meets the sum of the
-    kernel over time: half the pixels and half the arithmetic.
+    Pixels keep the order they have in an image, channels last; the kernel is turned to meet them, which is less work
+    than turning every image. A still image is a frame shown ``T`` times: it comes as ``[P, p * p * C]``, once, and
+    meets the sum of the kernel over time, for half the pixels and half the arithmetic.
     """
 
     def __init__(self, channels: int, temporal: int, patch: int, size: int, bias: bool) -> None:
@@ -145,7 +146,8 @@ class PatchEmbed(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         weight: Tensor = self.proj.weight
         still = patches.shape[1] * weight.shape[2] == weight[0].numel()
-        flat = weight.sum(2).flatten(1) if still else weight.flatten(1)
+        kernel = weight.sum(2, keepdim=True) if still else weight
+        flat = kernel.permute(0, 2, 3, 4, 1).flatten(1)
         return F.linear(patches.to(weight.dtype), flat, self.proj.bias)
 
 

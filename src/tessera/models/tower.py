@@ -2,7 +2,7 @@
 
 A tower is a transformer over the patches of all images of a batch, end to end ``[P, E]``, no padding::
 
-    pixels [P, C * T * p * p] uint8 -> normalise -> patch embedding -> blocks -> merger -> features [P / merge^2, H]
+    pixels [P, T * p * p * C] uint8 -> normalise -> patch embedding -> blocks -> merger -> features [P / merge^2, H]
 
 Attention stays inside one image (or video frame), or inside one *window* of it: for windowed towers the patches are
 brought into window order once, before the first block, and the features back into image order after the merger. All
@@ -161,15 +161,20 @@ def _inverse(order: Tensor) -> Tensor:
 
 
 def normalise(patches: Tensor, how: Normalisation) -> Tensor:
-    """``patches [P, D] uint8``, channel-major, to float32 exactly as transformers' image processors compute it."""
+    """``patches [P, D] uint8`` to float32, each level exactly as transformers' image processors compute it."""
     channels = len(how.mean)
-    planes = patches.unflatten(1, (channels, -1))
+    repeats = patches.shape[1] // channels
     if how.fused:
         mean = torch.tensor(how.mean, device=patches.device) * (1.0 / how.rescale)
         std = torch.tensor(how.std, device=patches.device) * (1.0 / how.rescale)
-        return planes.float().sub_(mean[:, None]).div_(std[:, None]).flatten(1)
+        return patches.float().sub_(mean.repeat(repeats)).div_(std.repeat(repeats))
     # The other processor works in NumPy, level by level; 256 levels per channel make a table of its results.
     levels = (np.arange(256, dtype=np.float64) * how.rescale).astype(np.float32)
     table = (levels[None] - np.array(how.mean, np.float32)[:, None]) / np.array(how.std, np.float32)[:, None]
-    offsets = torch.arange(channels, device=patches.device)[:, None] * 256
-    return torch.from_numpy(table).to(patches.device).flatten()[(planes.int() + offsets).flatten(1)]
+    offsets = torch.arange(channels, device=patches.device).repeat(repeats) * 256
+    return torch.from_numpy(table).to(patches.device).flatten()[patches.int() + offsets]
+
+
+def channel_major(patches: Tensor, channels: int) -> Tensor:
+    """``patches [P, D]`` of any type with their channels brought to the front, as transformers lays them out."""
+    return patches.unflatten(1, (-1, channels)).transpose(1, 2).flatten(1)

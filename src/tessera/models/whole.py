@@ -24,7 +24,7 @@ from tessera.contract.batch import Batch, Media
 from tessera.contract.model import LossSum, Objective
 from tessera.contract.plan import Plan, matches
 from tessera.models.decoder import KVCache
-from tessera.models.tower import normalise
+from tessera.models.tower import channel_major, normalise
 
 
 class Whole(nn.Module):
@@ -94,7 +94,8 @@ def _pixels(media: Media) -> dict[str, Tensor]:
         return dict(media.extra)
     channels = len(media.normalisation.mean)
     side = int((media.patches.shape[1] / channels) ** 0.5)
-    return {"pixel_values": normalise(media.patches, media.normalisation).unflatten(1, (channels, side, side))}
+    pixels = channel_major(normalise(media.patches, media.normalisation), channels)
+    return {"pixel_values": pixels.unflatten(1, (channels, side, side))}
 
 
 def _recomputed(function: Callable[..., Any], *args: Any) -> Any:

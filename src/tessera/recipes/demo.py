@@ -24,7 +24,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ class Recipe:
     def shortened(self, steps: int) -> Recipe:
         """The same recipe for this number of steps in all: no more rows than they can use."""
         aligner = min(self.aligner_steps, max(1, steps // 10))
-        return Recipe(rows=min(self.rows, self.batch * steps), aligner_steps=aligner, steps=max(1, steps - aligner))
+        rows = min(self.rows, self.batch * steps)
+        return replace(self, rows=rows, aligner_steps=aligner, steps=max(1, steps - aligner))
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def test_values(name: str, words: list[str], expected: Any) -> None:
         ("packing", ["maybe"], "--packing maybe: expected true or false"),
         ("optim", ["sgd"], "--optim sgd: allowed are adamw_torch_fused, adamw_torch, muon"),
         ("report_to", ["swanlab"], "--report_to swanlab: allowed are tensorboard, wandb, none"),
-        ("quant_bits", ["8"], "--quant_bits 8: allowed are 4"),
+        ("quant_bits", ["3"], "--quant_bits 3: allowed are 4, 8"),
         ("eval_steps", ["0"], "--eval_steps 0: expected a number of steps, a share of the run below 1, or -1"),
         ("eval_steps", ["2.5"], "--eval_steps 2.5: expected a number of steps, a share of the run below 1, or -1"),
         ("max_shard_size", ["big"], "--max_shard_size big: expected a size such as 5GB or 500MB"),

@@ -218,6 +218,7 @@ def test_sharding_from_a_deepspeed_file(tmp_path: Path) -> None:
         (f"{SFT} --deepspeed zero3 --fsdp fsdp2", "--deepspeed zero3 and --fsdp fsdp2 mean the same; give one of them"),
         (f"{SFT} --train_type full --quant_method bnb", "--train_type full cannot train a quantised model"),
         (f"{SFT} --quant_bits 4", "--quant_bits 4 needs --quant_method bnb"),
+        (f"{SFT} --truncation_strategy split", "--truncation_strategy split cuts documents for tessera pt"),
         (f"{SFT} --packing_length 5 --max_length 6", "--packing_length 5 cannot hold rows of --max_length 6"),
         ("export --model a --push_to_hub true", "--push_to_hub true needs --hub_model_id namespace/name"),
         ("export --model a --merge_lora true", "--merge_lora true needs --adapters DIR"),

@@ -19,6 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from tessera.data import media
 from tessera.data.buffers import Buffers
 from tessera.data.sample import BadRow
+from tessera.models.tower import channel_major
 from tests.toys import make_geometry, make_images
 
 SIZES = [(640, 427), (100, 300), (448, 448), (60, 61), (1000, 36)]
@@ -39,8 +40,7 @@ def normalised(patches: np.ndarray, geometry: object) -> torch.Tensor:
     """transformers' PIL arithmetic on our uint8 patches: rescale, then normalise, in its dtypes."""
     from transformers.image_transforms import normalize, rescale
 
-    shape = (len(patches), 3, -1)
-    levels = patches.reshape(shape).transpose(1, 0, 2)
+    levels = patches.reshape(len(patches), -1, 3).transpose(2, 0, 1)
     how = geometry.normalisation  # type: ignore[attr-defined]
     scaled = rescale(levels, 1 / 255, data_format="channels_first", input_data_format="channels_first")
     out = normalize(scaled, how.mean, how.std, data_format="channels_first", input_data_format="channels_first")
@@ -130,7 +130,7 @@ def test_torch_path_equals_transformers_default(tmp_path: Path) -> None:
     for index, path in enumerate(paths):
         pixels = media.decode(path)
         pixels = media.resize(pixels, *geometry.resized(*pixels.shape[:2]), "torch")
-        patches = torch.from_numpy(media.patchify([pixels], 14, 2, 2)).float()
+        patches = channel_major(torch.from_numpy(media.patchify([pixels], 14, 2, 2)), 3).float()
         assert torch.equal((patches - mean) / std, torch.from_numpy(expected[f"pixels{index}"]))
         assert geometry.grid(*media.probe(path)) == tuple(expected[f"grid{index}"][0].tolist())
 
@@ -142,7 +142,11 @@ def test_patches_of_frames(count: int) -> None:
     padded = frames + [frames[-1]] * (count % 2)
     video = np.stack(padded).transpose(0, 3, 1, 2)  # [T, C, H, W], cut as transformers' video processor cuts it
     cut = video.reshape(len(padded) // 2, 2, 3, 2, 2, 14, 3, 2, 14).transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    assert np.array_equal(media.patchify(frames, 14, 2, 2), cut.reshape(-1, 3 * 2 * 14 * 14))
+    patches = channel_major(torch.from_numpy(media.patchify(frames, 14, 2, 2)), 3)
+    assert np.array_equal(patches.numpy(), cut.reshape(-1, 3 * 2 * 14 * 14))
+    if count == 1:
+        still = torch.from_numpy(media.patchify(frames, 14, 2, 1))
+        assert torch.equal(channel_major(torch.cat([still, still], 1), 3), patches)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16"])

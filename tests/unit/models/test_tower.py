@@ -11,34 +11,34 @@ from torch.profiler import ProfilerActivity, profile
 
 from tessera.contract.batch import Normalisation
 from tessera.models.families import family_of
-from tessera.models.tower import normalise
+from tessera.models.tower import channel_major, normalise
 from tessera.models.vlm import VLM
 from tests.parity import reference as ref
 
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
-LEVELS = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, -1)
+LEVELS = torch.arange(256, dtype=torch.uint8).repeat_interleave(3).view(1, -1)
 
 
 def test_fused_normalisation_is_the_torchvision_formula() -> None:
     how = Normalisation(**CLIP)
     mean, std = (torch.tensor(CLIP[key]) * (1.0 / (1 / 255)) for key in ("mean", "std"))
-    image = LEVELS.view(3, 16, 16).float()
+    image = channel_major(LEVELS, 3).view(3, 16, 16).float()
     expected = (image - mean[:, None, None]) / std[:, None, None]
-    assert torch.equal(normalise(LEVELS, how).view(3, 16, 16), expected)
+    assert torch.equal(channel_major(normalise(LEVELS, how), 3).view(3, 16, 16), expected)
 
 
 @pytest.mark.parametrize("values", [CLIP, {"mean": (0.5,) * 3, "std": (0.5,) * 3}])
 def test_other_normalisation_is_the_pil_processors(values: dict[str, tuple[float, ...]]) -> None:
     from transformers.image_transforms import normalize, rescale
 
-    image = LEVELS.view(3, 16, 16).numpy()
+    image = channel_major(LEVELS, 3).view(3, 16, 16).numpy()
     expected = normalize(
         rescale(image, 1 / 255, input_data_format="channels_first"),
         values["mean"],
         values["std"],
         input_data_format="channels_first",
     )
-    mine = normalise(LEVELS, Normalisation(**values, fused=False))
+    mine = channel_major(normalise(LEVELS, Normalisation(**values, fused=False)), 3)
     assert mine.dtype == torch.float32
     assert np.array_equal(mine.view(3, 16, 16).numpy(), expected)
 
