@@ -5,10 +5,9 @@ accumulation * world`` of them make one global step, and rank ``r`` of ``w`` tak
 ``r``-th. One process that accumulates ``2n`` batches therefore sees the very units that two ranks with ``n`` see. Where
 training stands is three integers (epoch, step in it, step overall), the same on every rank; resuming is setting them.
 
-A pool of threads makes microbatches (decoding and resizing release the interpreter lock, and processes would copy every
-pixel), a few ahead of time, delivered in order. Where the model itself computes on the CPU, working ahead would only
-take the cores away from it: there (``ahead`` 0) the pool makes a step when it is asked for. A row whose pixels turn out
-to be broken is left out of its microbatch and reported; what is left does not depend on threads or timing.
+A pool of threads makes microbatches ahead of time (decoding and resizing release the interpreter lock, and processes
+would copy every pixel), at most a few at once, delivered in order. A row whose pixels turn out to be broken is left out
+of its microbatch and reported; what is left does not depend on threads or timing.
 """
 
 from __future__ import annotations
@@ -59,8 +58,7 @@ class Loader:
     """Iterates over the steps of a run; see the module docstring for the order.
 
     ``epochs`` may be fractional; ``max_steps`` overrides it. ``capacity`` is the pack length. ``threads`` 0 makes
-    batches in the calling thread, None picks by the machine; ``ahead`` is how many microbatches they make before they
-    are asked for (None: ``threads + 2``). ``waited`` is how many seconds the caller has spent
+    batches in the calling thread, None picks by the machine. ``waited`` is how many seconds the caller has spent
     waiting for batches so far, ``efficiency`` the filled share of the current epoch's packs (1.0 without packing).
     """
 
@@ -76,7 +74,6 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         threads: int | None = None,
-        ahead: int | None = None,
         shuffle: bool = True,
         epochs: float = 1.0,
         max_steps: int | None = None,
@@ -91,7 +88,6 @@ class Loader:
         self.units_per_batch, self.accumulation, self.seed = units_per_batch, accumulation, seed
         self.rank, self.world, self.pin_memory = rank, world, pin_memory
         self.threads = _default_threads(world) if threads is None else threads
-        self.ahead = self.threads + 2 if ahead is None else ahead
         self.waited, self.efficiency = 0.0, 1.0
         self._plan: tuple[int, list[Unit]] = (-1, [])
         self._next = _Place(0, 0, 0)
@@ -182,26 +178,24 @@ class Loader:
         return pinned(made) if self.pin_memory else made
 
     def _threaded(self, pool: ThreadPoolExecutor) -> Iterator[Step]:
-        """Steps in order, while the pool works on at least ``ahead`` microbatches of the steps to come."""
+        """Steps in order, while the pool works on the next one and at least ``threads + 2`` microbatches ahead."""
         steps = self._coming()
         queue: deque[tuple[_Place, list[Future[Batch]]]] = deque()
 
-        def refill(microbatches: int) -> None:
-            while sum(len(futures) for _, futures in queue) < microbatches:
+        def refill() -> None:
+            while sum(len(futures) for _, futures in queue) < self.threads + 2:
                 coming = next(steps, None)
                 if coming is None:
                     return
                 queue.append((coming[0], [pool.submit(self.batch, units) for units in coming[1]]))
 
-        while True:
-            refill(1)
-            if not queue:
-                return
+        refill()
+        while queue:
             place, futures = queue.popleft()
             started = time.perf_counter()
             made = [future.result() for future in futures]
             self.waited += time.perf_counter() - started
-            refill(self.ahead)
+            refill()
             yield self._step(place, made)
 
     def _step(self, place: _Place, batches: list[Batch]) -> Step:
@@ -258,7 +252,6 @@ def eval_loader(
     rank: int = 0,
     world: int = 1,
     threads: int | None = None,
-    ahead: int | None = None,
 ) -> Loader:
     """Every row exactly once over all ranks, in order, one microbatch a step; every rank gets as many steps."""
     return Loader(
@@ -269,7 +262,6 @@ def eval_loader(
         rank=rank,
         world=world,
         threads=threads,
-        ahead=ahead,
         shuffle=False,
     )
 

@@ -231,7 +231,6 @@ def train_loader(run: Run, corpus: Corpus, mesh: Mesh) -> Loader:
         rank=mesh.rank,
         world=mesh.world,
         threads=run.data.dataloader_num_workers,
-        ahead=0 if mesh.device.type == "cpu" else None,
         shuffle=run.data.train_dataloader_shuffle,
         epochs=run.train.num_train_epochs,
         max_steps=run.train.max_steps if run.train.max_steps > 0 else None,
@@ -249,7 +248,6 @@ def val_loader(run: Run, corpus: Corpus, mesh: Mesh) -> Loader:
         rank=mesh.rank,
         world=mesh.world,
         threads=run.data.dataloader_num_workers,
-        ahead=0 if mesh.device.type == "cpu" else None,
     )
 
 
