@@ -130,8 +130,8 @@ class Tower(nn.Module):
         if config.table:
             x = x + self._table_positions(inputs["interp_indices"], inputs["interp_weights"]).to(x.dtype)
         order, positions = inputs.get("window_index"), inputs["position_ids"]
-        if order is not None:
-            x, positions = self._units(x, order), self._units(positions, order)
+        inverse = None if order is None else _inverse(order)
+        x, positions = self._cells(x, order, inverse), self._cells(positions, order, inverse)
         angles = axial_angles(positions, config.hidden // config.heads, config.theta)
         deepstack = []
         for index, block in enumerate(self.blocks):
@@ -139,19 +139,18 @@ class Tower(nn.Module):
             if index in config.deepstack:
                 merger = self.deepstack_merger_list[config.deepstack.index(index)]
                 deepstack.append(merger(x).to(dtype))
-        final: Tensor = self.merger(x).to(dtype)
-        if order is not None:
-            final = permuted(final, _inverse(order), order)
+        final = permuted(self.merger(x).to(dtype), inverse, order)
         return Features(final, tuple(deepstack))
 
     def _table_positions(self, taps: Tensor, shares: Tensor) -> Tensor:
         """Learned positions ``[P, E]`` interpolated from ``taps [P, 4]`` entries with ``shares [P, 4]``."""
         return (self.pos_embed(taps) * shares[:, :, None]).sum(1)
 
-    def _units(self, x: Tensor, order: Tensor) -> Tensor:
+    def _cells(self, x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
         """Rows of ``x [P, ...]`` with the merge cells in ``order [P / merge^2]``."""
-        units = x.unflatten(0, (-1, self.config.merge**2))
-        return permuted(units, order, _inverse(order) if x.requires_grad else None).flatten(0, 1)
+        if order is None:
+            return x
+        return permuted(x.unflatten(0, (-1, self.config.merge**2)), order, inverse).flatten(0, 1)
 
 
 def _inverse(order: Tensor) -> Tensor:

@@ -1,0 +1,34 @@
+"""What a start does not pay for: transformers' modelling code takes longer to import than all of tessera and torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models import make_model_dir
+from tests.toys import chats, make_images, write_rows
+
+SCRIPT = """
+import sys
+from tessera.cli import main
+code = main(sys.argv[1:])
+print("imported:", *sorted(name for name in sys.modules if name.startswith("transformers.") and "modeling" in name))
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_training_does_not_import_transformers_models(tmp_path: Path, name: str) -> None:
+    model = make_model_dir(tmp_path / "model", name)
+    make_images(tmp_path / "images", [(64, 48)])
+    rows = write_rows(tmp_path / "rows.jsonl", chats(4, [str(path) for path in (tmp_path / "images").iterdir()]))
+    words = ["sft", "--model", model, "--dataset", rows, "--train_type", "full", "--max_steps", "1"]
+    words += ["--report_to", "none", "--torch_dtype", "float32", "--output_dir", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *map(str, words)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].strip() == "imported:"
