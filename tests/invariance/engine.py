@@ -14,7 +14,8 @@ from tessera.config.resolve import run_of
 from tessera.contract.batch import Batch
 from tessera.models.families import family_of
 from tessera.objectives.lm import next_token
-from tessera.parallel import fsdp
+from tessera.parallel import apply, fsdp
+from tessera.parallel.apply import Sharder, Spread
 from tessera.parallel.mesh import Mesh
 from tessera.train.optim import Optimizers
 from tessera.train.schedule import Schedule
@@ -37,7 +38,7 @@ def train(
     steps: Sequence[Sequence[Batch]],
     *,
     mesh: Mesh | None = None,
-    stage: int = 2,
+    spread: Spread | None = None,
     recompute: tuple[bool, bool] = (False, False),
     **flags: Any,
 ) -> Trajectory:
@@ -55,11 +56,13 @@ def train(
     adaptation = adapt.apply(model, run.adapt, family.plan(config), seed=1)
     model.set_recompute(family.plan(config), decoder=recompute[0], tower=recompute[1])
     model.train()
-    fsdp.shard(model, family.plan(config), mesh, stage=stage, compute_dtype=torch.float32)
+    spread = spread or Spread()
+    apply.apply(model, family.plan(config), mesh, spread, compute_dtype=torch.float32)
     groups = adapt.param_groups(model, run.train, adaptation)
     schedule = Schedule("constant", len(steps), 0)
     optimizers = Optimizers(model, groups, run.train, schedule, mesh)
-    engine = Engine(model, next_token(7), mesh, torch.float32, sync_every_microbatch=stage >= 2)
+    sharder = Sharder.of(model, mesh, spread, family.geometry(config, {}))
+    engine = Engine(model, next_token(7), mesh, torch.float32, mesh.layout.zero >= 2, sharder)
     results = []
     for index, batches in enumerate(steps):
         optimizers.set_step(index)

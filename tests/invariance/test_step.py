@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tessera.parallel.mesh import Mesh
+from tessera.contract.layout import layout_of
+from tessera.parallel.mesh import Mesh, world_size
 from tests.invariance.engine import Trajectory, assert_same, train
 from tests.parity.reference import batch_of, config_of
 from tests.ranks import run_ranks
@@ -20,7 +21,9 @@ TOLERANCE = 2e-5
 
 def packed(config: dict[str, Any], per_batch: int, step: int) -> list[Any]:
     """The step's samples, ``per_batch`` to a microbatch; sample ``i`` is the same tokens and pixels in any layout."""
-    singles = [batch_of(config, [sample], seed=100 * step + i, minimal=True) for i, sample in enumerate(SAMPLES)]
+    samples = SAMPLES if "vision_config" in config else [tuple(n for n in s if isinstance(n, int)) for s in SAMPLES]
+    sees = "vision_config" in config
+    singles = [batch_of(config, [sample], seed=100 * step + i, minimal=sees) for i, sample in enumerate(samples)]
     return [join(config, singles[i : i + per_batch]) for i in range(0, len(singles), per_batch)]
 
 
@@ -83,10 +86,10 @@ def test_recompute_changes_nothing(name: str, which: tuple[bool, bool]) -> None:
 
 def on_ranks(name: str, stage: int, flags: dict[str, Any]) -> Trajectory:
     """This rank's share: microbatch ``r::world`` of each step, so rank 1 of two starts with the imageless sample."""
-    mesh = Mesh.from_env(timeout_s=60, replicate=stage == 0)
+    mesh = Mesh.from_env(layout_of(world_size(), zero=stage), timeout_s=60)
     config = config_of(name)
     steps = [packed(config, 1, step)[mesh.rank :: mesh.world] for step in range(3)]
-    return train(config, steps, mesh=mesh, stage=stage, **flags)
+    return train(config, steps, mesh=mesh, **flags)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

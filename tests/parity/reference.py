@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.contract.batch import Batch, Grid, Media, Segments
-from tessera.contract.model import Geometry, LossSum, MediaItem
+from tessera.contract.model import Geometry, Head, LossSum, MediaItem
 from tessera.models.families import family_of
 from tessera.models.init import init_weights
 from tessera.models.vlm import VLM
@@ -115,9 +115,9 @@ def batch_of(config: dict[str, Any], samples: Sequence[Sample], seed: int = 0, m
     return replace(batch, media=media)
 
 
-def loss(hidden: Tensor, head: Tensor, batch: Batch) -> LossSum:
+def loss(hidden: Tensor, head: Head, batch: Batch) -> LossSum:
     """The weighted sum of cross entropies, as plainly as possible."""
-    logits = F.linear(hidden, head).float()
+    logits = F.linear(hidden, head.weight).float()
     losses = F.cross_entropy(logits, batch.targets, reduction="none")
     return LossSum((losses * batch.loss_weight).sum(), batch.weight)
 

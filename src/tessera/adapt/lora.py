@@ -31,6 +31,7 @@ from tessera.adapt.trainable import Adaptation
 from tessera.config.errors import UserError
 from tessera.config.run import AdaptArgs
 from tessera.contract.plan import Groups, within
+from tessera.models.layers import Linear
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -143,6 +144,15 @@ def _inject(model: nn.Module, config: LoraConfig, *, quantised: bool) -> None:
     for name, parameter in model.named_parameters():
         if _is_adapter(name):
             parameter.data = parameter.data.float()
+    for _, layer in _lora_layers(model):
+        layer.lora_A[_NAME], layer.lora_B[_NAME] = _spread(layer.lora_A[_NAME]), _spread(layer.lora_B[_NAME])
+
+
+def _spread(plain: nn.Linear) -> Linear:
+    """``plain`` as the kind of linear layer whose parameters may be spread over ranks; same parameters."""
+    linear = Linear(plain.in_features, plain.out_features, bias=plain.bias is not None, device="meta")
+    linear.weight, linear.bias = plain.weight, plain.bias
+    return linear
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

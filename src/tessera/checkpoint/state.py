@@ -51,7 +51,7 @@ def save_tensors(checkpoint: Path, model: nn.Module, optimizer_state: dict[str, 
     try:
         torch.save(_generators(mesh), _rng_path(directory, mesh.rank))
         with _quiet():
-            dcp.save(_tensors(model, optimizer_state), storage_writer=writer, no_dist=mesh.data is None)
+            dcp.save(_tensors(model, optimizer_state), storage_writer=writer, no_dist=mesh.grid is None)
     except dcp.api.CheckpointException as error:
         refusals = [refused for cause, _ in error.failures.values() if (refused := _refusal(cause)) is not None]
         if not refusals:
@@ -104,7 +104,7 @@ def load_tensors(checkpoint: Path, model: nn.Module, optimizer_state: dict[str, 
             f"({len(odd)} differ, first {odd[0]}); resume with the flags of its args.json"
         )
     with _quiet():
-        dcp.load(wanted, storage_reader=reader, no_dist=mesh.data is None)
+        dcp.load(wanted, storage_reader=reader, no_dist=mesh.grid is None)
     rng = _rng_path(directory, mesh.rank)
     if rng.is_file():
         state = torch.load(rng, weights_only=True)

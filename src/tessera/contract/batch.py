@@ -72,6 +72,51 @@ class Normalisation:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """How tower features travel from the ranks that encoded them to those whose tokens they land on.
+
+    Row ``picked[i]`` of this rank's features goes out ``i``-th; ``sent[r]`` rows go to rank ``r`` of the group and
+    ``received[r]`` come from it, in the order of the batch's ``dest``. Host-side counts, device-side index.
+    """
+
+    picked: Tensor
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+
+    def to(self, device: torch.device | str) -> Route:
+        return replace(self, picked=self.picked.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which part of a packed row a context rank holds, and what its attention runs over.
+
+    ``rows`` tokens lie on this rank, fillers included; all ranks of the group hold as many. ``queries`` are the runs of
+    rows that attend together. With ``keys``, run ``i`` attends to its own key run, whose last row is its own last token
+    (rows ``gathered`` of what all ranks hold, rank after rank). Without, ``queries`` are whole sequences in rows
+    ``gathered``, and ``inverse`` is where each held row finds itself in them (-1: a filler).
+    """
+
+    rows: int
+    queries: Segments
+    keys: Segments | None = None
+    gathered: Tensor | None = None
+    inverse: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Shard:
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            queries=self.queries.to(device),
+            keys=None if self.keys is None else self.keys.to(device),
+            gathered=move(self.gathered),
+            inverse=move(self.inverse),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Media:
     """The images and videos of one microbatch, as the tower eats them.
 
@@ -84,6 +129,8 @@ class Media:
 
     ``minimal`` marks the frame that a collator adds when no sample has media: it runs through the tower so that all
     ranks stay in step, lands on no token (``dest`` is empty) and enters the loss as ``0 * sum``.
+
+    ``route`` is set where items are encoded by other ranks than those their tokens lie on.
 
     ``extra`` carries the model-specific tensors of the fallback family (whole transformers models) and is empty
     otherwise.
@@ -99,6 +146,7 @@ class Media:
     tower_segments: Mapping[str, Segments] = field(default_factory=dict)
     minimal: bool = False
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    route: Route | None = None
 
     def to(self, device: torch.device | str) -> Media:
         def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,6 +160,7 @@ class Media:
             tower=move(self.tower),
             tower_segments={name: segments.to(device) for name, segments in self.tower_segments.items()},
             extra=move(self.extra),
+            route=None if self.route is None else self.route.to(device),
         )
 
 
@@ -123,6 +172,9 @@ class Batch:
     ``supervised [L] int64`` lists the slots whose ``loss_weight`` is not 0, so that the head and the loss touch only
     those. ``weight`` is the host-side sum of ``loss_weight``, ``sample_ids[s]`` the corpus row of segment ``s``
     (-1 for the filler segment of an empty microbatch).
+
+    With a ``shard`` the row is one rank's part of a longer one (``parallel/context.py``): segments are then stretches
+    of samples, and under tensor parallelism ``media.dest`` counts from the rank's own first row.
     """
 
     tokens: Tensor
@@ -134,6 +186,7 @@ class Batch:
     weight: float
     sample_ids: tuple[int, ...]
     media: Media | None = None
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
         total = self.segments.total
@@ -156,4 +209,5 @@ class Batch:
             segments=self.segments.to(device),
             supervised=self.supervised.to(device, non_blocking=True),
             media=None if self.media is None else self.media.to(device),
+            shard=None if self.shard is None else self.shard.to(device),
         )

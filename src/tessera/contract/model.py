@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tessera.contract.batch import Batch, Grid, Normalisation, Segments
 from tessera.contract.plan import Plan
+from tessera.contract.seams import Vocabulary
 from tessera.contract.weightmap import WeightMap
 
 HFConfig = Mapping[str, Any]
@@ -40,10 +41,18 @@ class LossSum:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Objective(Protocol):
-    """What is optimised: a pure function of hidden states ``[T, H]``, the head's weight ``[V, H]`` and the batch."""
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What turns hidden states into logits: ``weight [V, H]``, or this rank's rows of it and which those are."""
 
-    def __call__(self, hidden: Tensor, head: Tensor, batch: Batch) -> LossSum: ...
+    weight: Tensor
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+
+
+class Objective(Protocol):
+    """What is optimised: a pure function of hidden states ``[T, H]``, the head and the batch."""
+
+    def __call__(self, hidden: Tensor, head: Head, batch: Batch) -> LossSum: ...
 
 
 class Model(Protocol):

@@ -43,9 +43,14 @@ class Groups:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where a family's model is cut: freeze ``groups``, FSDP units and recompute points of decoder and tower."""
+    """Where a family's model is cut: freeze ``groups``, FSDP units and recompute points of decoder and tower.
+
+    ``tensor`` lists module pattern and style (``column``, ``row``, ``vocab``) of what tensor ranks split; everything
+    else of the language model is whole on each of them.
+    """
 
     groups: Groups
     fsdp_units: tuple[str, ...]
     recompute_decoder: tuple[str, ...]
     recompute_tower: tuple[str, ...] = ()
+    tensor: tuple[tuple[str, str], ...] = ()

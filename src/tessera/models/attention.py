@@ -54,36 +54,42 @@ class Layout:
     """How the rows of one batch go through attention; made by :func:`plan`.
 
     ``order [T]`` lists the batch's rows in bucket order and ``inverse`` is its inverse (None: as they are).
-    ``buckets`` is empty where the flash kernel takes ``cu_seqlens`` directly.
+    ``buckets`` is empty where the flash kernel takes ``segments`` directly, and where ``keys`` are others than queries.
     """
 
-    cu_seqlens: Tensor
-    max_seqlen: int
+    segments: Segments
     causal: bool
+    keys: Segments | None = None
     buckets: tuple[Bucket, ...] = ()
     order: Tensor | None = None
     inverse: Tensor | None = None
 
 
-def plan(segments: Segments, *, causal: bool, dtype: torch.dtype) -> Layout:
-    """The layout for ``segments`` on their device, for activations of ``dtype``."""
+def plan(
+    segments: Segments, *, causal: bool, dtype: torch.dtype, keys: Segments | None = None, reorder: bool = True
+) -> Layout:
+    """The layout for ``segments`` on their device, for activations of ``dtype``.
+
+    With ``keys`` segment ``i`` attends to key segment ``i``, which ends with it. Without ``reorder`` the rows stay in
+    their order (``order`` is None).
+    """
     device = segments.cu_seqlens.device
     lengths = segments.lengths
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        return Layout(segments.cu_seqlens, max(lengths), causal)
+    if keys is not None or (device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)):
+        return Layout(segments, causal, keys=keys)
     if len(set(lengths)) == 1:
         single = Bucket(segments.total, len(lengths), lengths[0])
-        return Layout(segments.cu_seqlens, lengths[0], causal, (single,))
+        return Layout(segments, causal, buckets=(single,))
     ranks = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     buckets = tuple(_bucket(group, device) for group in _groups([lengths[i] for i in ranks], causal))
     order = inverse = None
-    if not causal and _runs(lengths) <= len(buckets) + 2:
+    if not reorder or (not causal and _runs(lengths) <= len(buckets) + 2):
         # A few equal stretches in the order they come in are cheaper than moving every row twice per layer.
         buckets = tuple(_bucket([length] * count, device) for length, count in _stretches(lengths))
     elif ranks != list(range(len(ranks))):
         order, inverse = _permutation(lengths, ranks)
         order, inverse = order.to(device, non_blocking=True), inverse.to(device, non_blocking=True)
-    return Layout(segments.cu_seqlens, max(lengths), causal, buckets, order, inverse)
+    return Layout(segments, causal, None, buckets, order, inverse)
 
 
 def _stretches(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -207,24 +213,48 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None 
     ``heads`` is a multiple of ``kv_heads`` (grouped-query attention); ``scale`` defaults to ``D ** -0.5``. The result
     has the type of ``v``; ``q`` and ``k`` may be wider.
     """
-    if not layout.buckets:
+    if not layout.buckets and q.device.type == "cuda" and v.dtype in (torch.float16, torch.bfloat16):
         return _flash(q, k, v, layout, scale)
     with torch.autocast(q.device.type, enabled=False):
-        return _bucketed(q, k, v, layout, scale)
+        return _bucketed(q, k, v, layout, scale) if layout.buckets else _paired(q, k, v, layout, scale)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None) -> Tensor:
     """The variable-length flash kernel (CUDA, half precision)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = layout.max_seqlen
-    window = (-1, 0) if layout.causal else (-1, -1)
-    cu, gqa = layout.cu_seqlens, q.shape[1] != k.shape[1]
+    queries, keys = layout.segments, layout.keys or layout.segments
     out = varlen_attn(
-        q.to(v.dtype), k.to(v.dtype), v, cu, cu, longest, longest, scale=scale, window_size=window, enable_gqa=gqa
+        q.to(v.dtype),
+        k.to(v.dtype),
+        v,
+        queries.cu_seqlens,
+        keys.cu_seqlens,
+        queries.max_seqlen,
+        keys.max_seqlen,
+        scale=scale,
+        window_size=(-1, 0) if layout.causal else (-1, -1),
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     assert isinstance(out, Tensor)
     return out
+
+
+def _paired(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None) -> Tensor:
+    """Runs of queries over longer runs of keys that end with them, one call each, in float32."""
+    assert layout.causal and layout.keys is not None
+    dtype, gqa = v.dtype, q.shape[1] != k.shape[1]
+    counts = layout.segments.lengths, layout.keys.lengths
+    outs = []
+    for mine, key, value in zip(
+        q.float().split(counts[0]), k.float().split(counts[1]), v.float().split(counts[1]), strict=True
+    ):
+        rows, seen = mine.shape[0], key.shape[0]
+        mask = torch.ones(rows, seen, dtype=torch.bool, device=q.device).tril(seen - rows)
+        shaped = (x.transpose(0, 1).unsqueeze(0) for x in (mine, key, value))
+        out = F.scaled_dot_product_attention(*shaped, attn_mask=mask, scale=scale, enable_gqa=gqa)
+        outs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outs).to(dtype)
 
 
 def _bucketed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None) -> Tensor:

@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessera.contract.batch import Segments
+from tessera.contract.batch import Segments, Shard
+from tessera.contract.seams import ONE_DEVICE, Seams, here
 from tessera.models.attention import Layout, attend
-from tessera.models.layers import GatedMLP, Recomputable, RMSNorm
+from tessera.models.layers import GatedMLP, Linear, Recomputable, RMSNorm
 from tessera.models.rope import Angles, Rope, RopeConfig, rotate
 
 
@@ -125,10 +126,12 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What all layers share in one pass: the angles, the attention layout (None: a cached step), the cache."""
+    """What all layers share in one pass: angles, attention layout (None: a cached step), seams, the cache."""
 
     angles: Angles
     layout: Layout | None
+    seams: Seams = ONE_DEVICE
+    shard: Shard | None = None
     cache: KVCache | None = None
 
 
@@ -140,10 +143,10 @@ class Attention(nn.Module):
         wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.index = str(index)
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.hidden, wide, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden, narrow, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden, narrow, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(wide, config.hidden, bias=config.out_bias)
+        self.q_proj = Linear(config.hidden, wide, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden, narrow, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden, narrow, bias=config.qkv_bias)
+        self.o_proj = Linear(wide, config.hidden, bias=config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.eps) if config.qk_norm else None
 
@@ -155,7 +158,8 @@ class Attention(nn.Module):
         if context.cache is not None:
             context.cache.write(self.index, k, v)
         if context.layout is not None:
-            mixed = attend(q, k, v, context.layout)
+            q, k, v = context.seams.before_attention(q, k, v, context.shard)
+            mixed = context.seams.after_attention(attend(q, k, v, context.layout), context.shard)
         else:
             assert context.cache is not None
             mixed = context.cache.attend(self.index, q)
@@ -174,8 +178,9 @@ class Layer(Recomputable):
         self.post_attention_layernorm = RMSNorm(config.hidden, config.eps)
 
     def run(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), context)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        seams = context.seams
+        x = x + seams.scatter(self.self_attn(seams.gather(self.input_layernorm(x)), context))
+        out: Tensor = x + seams.scatter(self.mlp(seams.gather(self.post_attention_layernorm(x))))
         return out
 
 
@@ -189,10 +194,18 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(index): Layer(config, index) for index in range(config.layers)})
         self.norm = RMSNorm(config.hidden, config.eps)
         self.rope = Rope(config.rope, config.head_dim)
+        self.seams = ONE_DEVICE
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """``tokens [T]`` to ``[T, H]``, in the autocast type where autocast is on."""
-        x: Tensor = self.embed_tokens(tokens)
+        """``tokens [n]`` to this rank's rows ``[n / tp, H]``, in the autocast type where autocast is on."""
+        table, vocabulary = here(self.embed_tokens.weight), self.seams.vocabulary
+        if table.shape[0] == self.config.vocab:
+            x = self.embed_tokens(tokens)
+        else:
+            # Every rank looks up the tokens it has an entry for; the sum over ranks completes the rows.
+            local = tokens - vocabulary.offset
+            mine = (local >= 0) & (local < table.shape[0])
+            x = self.seams.scatter(F.embedding(local * mine, table) * mine[:, None])
         return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
     def forward(
@@ -203,9 +216,10 @@ class Decoder(nn.Module):
         deepstack: Sequence[Tensor] = (),
         dest: Tensor | None = None,
         cache: KVCache | None = None,
+        shard: Shard | None = None,
     ) -> Tensor:
         """``x [T, H]`` to normed hidden states ``[T, H]``; ``deepstack[i]`` is added to rows ``dest`` after layer i."""
-        context = Context(self.rope.angles(positions, x.dtype), layout, cache)
+        context = Context(self.rope.angles(positions, x.dtype), layout, self.seams, shard, cache)
         for index, layer in enumerate(self.layers.values()):
             x = layer(x, context)
             if index < len(deepstack):

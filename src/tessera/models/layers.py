@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tessera.config.errors import UserError
+from tessera.contract.seams import here
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -65,6 +66,22 @@ class _RMSNorm(torch.autograd.Function):
         return inner.addcmul_(normal, pull, value=-1).mul_(scale).to(x.dtype), grad_weight, None
 
 
+class Linear(nn.Linear):
+    """``nn.Linear`` over this rank's part of its parameters.
+
+    ``bias_share`` is what this rank adds of the bias: all of it, or its share where the outputs of several ranks are
+    summed afterwards.
+    """
+
+    bias_share = 1.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else here(self.bias)
+        if bias is not None and self.bias_share != 1.0:
+            bias = bias * self.bias_share
+        return F.linear(input, here(self.weight), bias)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last dimension of ``[..., size]``; no mean, no bias."""
 
@@ -74,7 +91,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        out: Tensor = _RMSNorm.apply(x, here(self.weight), self.eps)
         return out
 
     def extra_repr(self) -> str:
@@ -105,9 +122,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, size: int, inner: int, bias: bool, act: Activation = F.silu) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(size, inner, bias=bias)
-        self.up_proj = nn.Linear(size, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.gate_proj = Linear(size, inner, bias=bias)
+        self.up_proj = Linear(size, inner, bias=bias)
+        self.down_proj = Linear(inner, size, bias=bias)
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tessera.contract.batch import Media, Normalisation
+from tessera.contract.batch import Grid, Media, Normalisation, Route
+from tessera.contract.seams import Seams
 from tessera.models.attention import Layout, attend, permuted, plan
 from tessera.models.layers import PatchEmbed, Recomputable
 from tessera.models.rope import Angles, axial_angles, rotate
@@ -70,6 +71,12 @@ class Features:
             return self
         assert rows == 0, f"{rows} image tokens for {self.final.shape[0]} features"
         return Features(self.final[:0], tuple(feature[:0] for feature in self.deepstack))
+
+    def moved(self, seams: Seams, route: Route) -> Features:
+        """The rows that land on this rank, from whichever rank encoded them; all levels travel together."""
+        levels = (self.final, *self.deepstack)
+        final, *deepstack = seams.exchange(torch.cat(levels, 1), route).split(self.final.shape[1], 1)
+        return Features(final, tuple(deepstack))
 
 
 class TowerAttention(nn.Module):
@@ -141,6 +148,12 @@ class Tower(nn.Module):
                 deepstack.append(merger(x).to(dtype))
         final = permuted(self.merger(x).to(dtype), inverse, order)
         return Features(final, tuple(deepstack))
+
+    def cost(self, grid: Grid) -> float:
+        """Relative arithmetic of encoding one item: products (``~ hidden`` per patch) plus attention (``~ patches``)."""
+        config, (t, h, w) = self.config, grid
+        whole = 1.0 if config.whole is None else len(config.whole) / config.depth
+        return t * h * w * (1.0 + whole * h * w / (6.0 * config.hidden))
 
     def _table_positions(self, taps: Tensor, shares: Tensor) -> Tensor:
         """Learned positions ``[P, E]`` interpolated from ``taps [P, 4]`` entries with ``shares [P, 4]``."""

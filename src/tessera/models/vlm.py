@@ -19,8 +19,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tessera.contract.batch import Batch
-from tessera.contract.model import LossSum, Objective
+from tessera.contract.model import Head, LossSum, Objective
 from tessera.contract.plan import Plan, matches
+from tessera.contract.seams import here
 from tessera.models.attention import permuted, plan
 from tessera.models.decoder import Decoder, DecoderConfig, KVCache
 from tessera.models.layers import Recomputable
@@ -62,7 +63,10 @@ class VLM(nn.Module):
     def forward(self, batch: Batch, objective: Objective | None = None) -> Tensor | LossSum:
         """``objective``'s sums over ``batch``; without one the hidden states ``[T, H]`` after the final norm."""
         hidden = self._hidden(batch)
-        return hidden if objective is None else objective(hidden, self.head_weight, batch)
+        if objective is None:
+            return hidden
+        seams = self.decoder.seams
+        return objective(seams.gather(hidden), Head(here(self.head_weight), seams.vocabulary), batch)
 
     def prefill(self, batch: Batch, cache: KVCache) -> Tensor:
         """Fill row ``s`` of ``cache`` with segment ``s``; hidden states ``[S, H]`` of each segment's last token."""
@@ -87,7 +91,11 @@ class VLM(nn.Module):
     def _hidden(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
         decoder, media, visual = self.decoder, batch.media, self.visual
         x = decoder.embed(batch.tokens)
-        layout = plan(batch.segments, causal=True, dtype=x.dtype)
+        shard = batch.shard
+        if shard is None:
+            layout = plan(batch.segments, causal=True, dtype=x.dtype)
+        else:
+            layout = plan(shard.queries, causal=True, dtype=x.dtype, keys=shard.keys, reorder=False)
         x, positions = permuted(x, layout.order, layout.inverse), batch.positions
         if layout.order is not None:
             positions = positions.index_select(-1, layout.order)
@@ -97,7 +105,11 @@ class VLM(nn.Module):
         deepstack: tuple[Tensor, ...] = ()
         if media is not None and visual is not None:
             dest = media.dest if layout.inverse is None else layout.inverse.index_select(0, media.dest)
-            features = visual(media, x.dtype).landing(dest.shape[0])
+            features = visual(media, x.dtype)
+            if media.route is None:
+                features = features.landing(dest.shape[0])
+            else:
+                features = features.moved(decoder.seams, media.route)
             x, deepstack = x.index_copy(0, dest, features.final), features.deepstack
-        hidden: Tensor = decoder(x, positions, layout, deepstack, dest, cache)
+        hidden: Tensor = decoder(x, positions, layout, deepstack, dest, cache, shard)
         return permuted(hidden, layout.inverse, layout.order)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tessera.config.errors import UserError
 from tessera.contract.batch import Batch, Media
-from tessera.contract.model import LossSum, Objective
+from tessera.contract.model import Head, LossSum, Objective
 from tessera.contract.plan import Plan, matches
 from tessera.models.decoder import KVCache
 from tessera.models.tower import channel_major, normalise
@@ -52,7 +52,7 @@ class Whole(nn.Module):
     def forward(self, batch: Batch, objective: Objective | None = None) -> Tensor | LossSum:
         """``objective``'s sums over ``batch``; without one the hidden states ``[T, H]`` after the final norm."""
         hidden = self._hidden(batch)
-        return hidden if objective is None else objective(hidden, self.head_weight, batch)
+        return hidden if objective is None else objective(hidden, Head(self.head_weight), batch)
 
     def prefill(self, batch: Batch, cache: KVCache) -> Tensor:
         """Refused: generation needs our own decoder's cache."""

@@ -10,6 +10,9 @@ the rest, the loss of a chunk of tokens is a closed form whose gradient can be t
     d rows = w * (softmax(logits) - onehot(target)) @ head
     d head = w * (softmax(logits) - onehot(target)).T @ rows
 
+With a vocabulary split over tensor ranks, each rank holds some columns of the logits; highest logit, normaliser and the
+target's logit are then reduced over the ranks, three numbers per token, and nothing else changes (Megatron-LM, sec. 3).
+
 So the forward pass also computes the gradient (it is a sum over tokens, hence known up to the factor that arrives
 from above), and the backward pass only scales it. Products run in the model's dtype, sums and softmax in float32.
 """
@@ -23,9 +26,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tessera.contract.batch import Batch
-from tessera.contract.model import LossSum, Objective
+from tessera.contract.model import Head, LossSum, Objective
+from tessera.contract.seams import Vocabulary
 
 DEFAULT_CHUNK = 1024
+WHOLE = Vocabulary()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -33,7 +38,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_LH: Tensor, head_VH: Tensor, targets_L: Tensor, weights_L: Tensor, chunk: int
+        ctx: Any,
+        rows_LH: Tensor,
+        head_VH: Tensor,
+        targets_L: Tensor,
+        weights_L: Tensor,
+        vocabulary: Vocabulary,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         wants_rows, wants_head = ctx.needs_input_grad[:2]
         head = head_VH.detach().to(rows_LH.dtype)
@@ -43,16 +54,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_head = torch.zeros_like(head_VH, dtype=torch.float32) if wants_head else None
         for start in range(0, rows_LH.shape[0], chunk):
             rows = rows_LH[start : start + chunk]
-            targets = targets_L[start : start + chunk].unsqueeze(1)
             weights = weights_L[start : start + chunk]
             logits = (rows @ head.T).float()
-            correct += (logits.argmax(dim=1, keepdim=True) == targets).sum()
-            log_norm = logits.logsumexp(dim=1)
-            total += (weights * (log_norm - logits.gather(1, targets).squeeze(1))).sum()
+            targets = targets_L[start : start + chunk] - vocabulary.offset
+            losses, hits, d_logits, index, held = _losses(logits, targets, vocabulary)
+            correct += hits
+            total += (weights * losses).sum()
             if not (wants_rows or wants_head):
                 continue
-            d_logits = logits.sub_(log_norm.unsqueeze(1)).exp_()
-            d_logits.scatter_add_(1, targets, torch.full_like(d_logits[:, :1], -1.0))
+            d_logits.scatter_add_(1, index, -held)
             d_logits = d_logits.mul_(weights.unsqueeze(1)).to(rows.dtype)
             if d_rows is not None:
                 torch.mm(d_logits, head, out=d_rows[start : start + chunk])
@@ -69,18 +79,46 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_rows, d_head = ctx.saved_tensors
         rows = None if d_rows is None else d_rows.mul_(d_total)
         head = None if d_head is None else d_head.mul_(d_total).to(ctx.head_dtype)
-        return rows, head, None, None, None
+        return rows, head, None, None, None, None
+
+
+def _losses(logits: Tensor, targets: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Cross entropies ``[c]`` and argmax hits of ``logits [c, V]``, this rank's part of the vocabulary.
+
+    Also the softmax (in the logits' memory), and each target's column and whether this rank holds it (1.0 or 0.0),
+    ``[c, 1]``. ``targets`` count from the rank's first entry.
+    """
+    size = logits.shape[1]
+    index = targets.clamp(0, size - 1).unsqueeze(1)
+    held = (index.squeeze(1) == targets).float().unsqueeze(1)
+    peak, best = logits.max(dim=1)
+    highest = vocabulary.max(peak)
+    # Of the ranks that hold the highest logit the first one counts, as in an argmax over everything.
+    first = vocabulary.min(torch.where(peak == highest, best + vocabulary.offset, torch.iinfo(torch.int64).max))
+    hits = (first == targets + vocabulary.offset).sum()
+    chosen = vocabulary.sum((logits.gather(1, index) * held).squeeze(1))
+    soft = logits.sub_(highest.unsqueeze(1)).exp_()
+    norm = vocabulary.sum(soft.sum(dim=1))
+    losses = highest + norm.log() - chosen
+    return losses, hits, soft.div_(norm.unsqueeze(1)), index, held
 
 
 def cross_entropy_sum(
-    rows: Tensor, head: Tensor, targets: Tensor, weights: Tensor, *, chunk: int = DEFAULT_CHUNK
+    rows: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    vocabulary: Vocabulary = WHOLE,
+    chunk: int = DEFAULT_CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """Weighted cross entropy of ``rows [L, H]`` through ``head [V, H]``, summed (float32), and the argmax hits.
 
-    ``targets [L] int64``; ``weights [L] float32``. Never holds more than ``chunk x V`` logits.
+    ``targets [L] int64``; ``weights [L] float32``. Never holds more than ``chunk x V`` logits. If the head is one part
+    of a ``vocabulary``, the sums are those of the whole and the gradient of ``rows`` is this part's summand.
     """
     with torch.autocast(rows.device.type, enabled=False):
-        total, correct = _ChunkedCrossEntropy.apply(rows, head, targets, weights, chunk)
+        total, correct = _ChunkedCrossEntropy.apply(rows, head, targets, weights, vocabulary, chunk)
     return total, correct
 
 
@@ -90,14 +128,16 @@ def next_token(chunk: int = DEFAULT_CHUNK) -> Objective:
     Metrics: ``correct`` (argmax hits) and ``count`` (supervised tokens), whose ratio is the token accuracy.
     """
 
-    def objective(hidden: Tensor, head: Tensor, batch: Batch) -> LossSum:
+    def objective(hidden: Tensor, head: Head, batch: Batch) -> LossSum:
         rows = hidden.index_select(0, batch.supervised)
         targets = batch.targets.index_select(0, batch.supervised)
         weights = batch.loss_weight.index_select(0, batch.supervised)
-        total, correct = cross_entropy_sum(rows, head, targets, weights, chunk=chunk)
+        total, correct = cross_entropy_sum(
+            rows, head.weight, targets, weights, vocabulary=head.vocabulary, chunk=chunk
+        )
         if batch.supervised.numel() == 0:
             # A microbatch without targets must still reach every parameter, so that ranks stay in step.
-            total = total + 0.0 * (hidden.float().sum() + head.float().sum())
+            total = total + 0.0 * (hidden.float().sum() + head.weight.float().sum())
         count = torch.full_like(correct, float(batch.supervised.numel()))
         return LossSum(total, batch.weight, {"correct": correct, "count": count})
 

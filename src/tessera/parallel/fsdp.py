@@ -1,13 +1,16 @@
 """Data parallelism with sharded state: FSDP2 applied from a plan, with sums instead of means.
 
-``fully_shard`` turns the parameters of a module into DTensors split over the data axis; a unit's full parameters
-exist only while it runs. Which modules are units is the family's plan; how long parameters stay gathered is the
-DeepSpeed stage the user asked for:
+``fully_shard`` turns the parameters of a module into DTensors split over the ranks that hold the same ones; a unit's
+full parameters exist only while it runs. Which modules are units is the family's plan; how long parameters stay
+gathered is the DeepSpeed stage the user asked for:
 
-    zero0  parameters replicated (a mesh of (world, 1)), gradients all-reduced: plain data parallelism
+    zero0  parameters replicated (shards of one), gradients all-reduced: plain data parallelism
     zero1  optimizer state sharded; parameters stay gathered from forward to backward, gradients synced once a step
     zero2  as zero1, but gradients are reduced (hence sharded) after every microbatch
     zero3  parameters are gathered per unit in forward and again in backward
+
+The decoder is sharded over data and context ranks (each tensor rank has parts of its own), the tower over tensor ranks
+as well. With replicas of the whole arrangement (HSDP) gradients are also summed over those.
 
 Gradients are *summed* over ranks, never averaged: the loss is already divided by the weight of the whole global
 batch, so the sum over ranks is the gradient. Both switches below are needed: a divide factor other than the world
@@ -22,36 +25,48 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tessera.contract.plan import Plan, matches
+from tessera.contract.plan import Plan, matches, within
 from tessera.parallel.mesh import Mesh
 
 DEFAULT_STAGE = 2
 
 
-def shard(model: nn.Module, plan: Plan, mesh: Mesh, *, stage: int, compute_dtype: torch.dtype) -> None:
-    """Shard ``model`` in place over the mesh's data axis; the identity on a single process.
+def shard(model: nn.Module, plan: Plan, mesh: Mesh, *, compute_dtype: torch.dtype) -> None:
+    """Shard ``model`` in place over the mesh's data axes; the identity on a single process.
 
     With a 16-bit ``compute_dtype`` parameters are gathered in it and gradients reduced in float32.
     """
-    if mesh.data is None:
+    if mesh.grid is None:
         return
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     param_dtype = None if compute_dtype == torch.float32 else compute_dtype
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    units = [module for name, module in model.named_modules() if any(matches(p, name) for p in plan.fsdp_units)]
-    for unit in units:
-        fully_shard(unit, mesh=mesh.data, reshard_after_forward=stage == 3, mp_policy=policy)
-    fully_shard(model, mesh=mesh.data, reshard_after_forward=False, mp_policy=policy)
+    reshard = mesh.layout.zero == 3
+    decoder, tower = mesh.sharded("fsdp"), mesh.sharded("stage")
+    vision = (*plan.groups.vit, *plan.groups.aligner)
+    units = {name: module for name, module in model.named_modules() if any(matches(p, name) for p in plan.fsdp_units)}
+    # The tower as a whole is a unit of its own where its ranks are others than the decoder's.
+    apart = mesh.layout.tp > 1
+    units |= {name: model.get_submodule(name) for name in plan.groups.vit if apart and _has(model, name)}
+    for name, unit in units.items():
+        fully_shard(
+            unit, mesh=tower if within(vision, name) else decoder, reshard_after_forward=reshard, mp_policy=policy
+        )
+    fully_shard(model, mesh=decoder, reshard_after_forward=False, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
+def _has(model: nn.Module, name: str) -> bool:
+    return name in dict(model.named_modules())
+
+
 def set_gradient_sync(model: nn.Module, mesh: Mesh, enabled: bool) -> None:
     """Whether the next backward reduces gradients over ranks; nothing to do on a single process."""
-    if mesh.data is None:
+    if mesh.grid is None:
         return
     from torch.distributed.fsdp import FSDPModule
 
@@ -60,7 +75,7 @@ def set_gradient_sync(model: nn.Module, mesh: Mesh, enabled: bool) -> None:
 
 def full(tensor: Tensor, mesh: Mesh) -> Tensor:
     """The whole tensor, gathered if it is sharded; a collective, so every rank must call it in the same order."""
-    if mesh.data is None:
+    if mesh.grid is None:
         return tensor
     from torch.distributed.tensor import DTensor
 
@@ -69,7 +84,7 @@ def full(tensor: Tensor, mesh: Mesh) -> Tensor:
 
 def local(tensor: Tensor, mesh: Mesh) -> Tensor:
     """This rank's piece of a tensor (the tensor itself if it is not sharded)."""
-    if mesh.data is None:
+    if mesh.grid is None:
         return tensor
     from torch.distributed.tensor import DTensor
 
@@ -81,10 +96,26 @@ def local_gradients(parameters: Iterable[nn.Parameter], mesh: Mesh) -> list[Tens
     return [local(p.grad, mesh) for p in parameters if p.grad is not None]
 
 
-def norm(gradients: list[Tensor], mesh: Mesh) -> float:
-    """L2 norm over all ranks of these local gradients, as one host number; shards add up, replicas count once."""
-    norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32) if gradients else []
-    total = float(torch.stack(list(norms)).double().square().sum()) if norms else 0.0
-    if mesh.data is not None and mesh.data.ndim == 1:
-        total = mesh.sum([total])[0]
-    return float(total**0.5)
+def norm(gradients: Iterable[Tensor], mesh: Mesh) -> float:
+    """L2 norm over all ranks of these gradients, as one host number; shards add up, replicas count once."""
+    grads = list(gradients)
+    pieces = [local(grad, mesh) for grad in grads]
+    norms = torch._foreach_norm(pieces, 2.0, dtype=torch.float32) if pieces else []
+    squares = torch.stack(list(norms)).double().square() if norms else torch.zeros(0, dtype=torch.float64)
+    if mesh.grid is None:
+        return float(squares.sum()) ** 0.5
+    copies = torch.tensor([_copies(grad, mesh) for grad in grads], dtype=torch.float64, device=squares.device)
+    return mesh.sum([float((squares / copies).sum())])[0] ** 0.5
+
+
+def _copies(grad: Tensor, mesh: Mesh) -> int:
+    """On how many ranks of its stage the same piece of a gradient lies."""
+    from torch.distributed.tensor import DTensor
+
+    ranks = mesh.world // mesh.layout.pp
+    if not isinstance(grad, DTensor):
+        return ranks
+    pieces = 1
+    for size, placement in zip(grad.device_mesh.shape, grad.placements, strict=True):
+        pieces *= size if not placement.is_replicate() else 1
+    return ranks // pieces

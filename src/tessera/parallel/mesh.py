@@ -2,26 +2,36 @@
 
 A laptop, one GPU and a cluster run the same code; only the :class:`Mesh` differs. On one process there is no process
 group at all and every collective is the identity. Under ``torchrun`` the mesh opens the process group (NCCL on GPUs,
-gloo on CPUs), owns the ``DeviceMesh`` that parameters are sharded over, and offers the few host-level collectives the
-training loop needs. Nothing else in tessera reads ``RANK``, ``WORLD_SIZE`` or ``LOCAL_RANK``.
+gloo on CPUs), arranges the ranks along the axes of a :class:`~tessera.contract.layout.ParallelLayout`, and offers the
+few host-level collectives the training loop needs. The axes are seen in groups, all of them over the same ranks::
+
+    fsdp      data shards x context     what the decoder's parameters are sharded over
+    stage     data shards x context x tensor     what the tower's parameters are sharded over, and images shared among
+    model     context x tensor          the ranks that work on the same batch
+
+Nothing else in tessera reads ``RANK``, ``WORLD_SIZE`` or ``LOCAL_RANK``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 
 from tessera.config.errors import UserError
+from tessera.contract.layout import ParallelLayout
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
+
+AXES = ("pp", "replicate", "shard", "cp", "tp")
 
 
 def pick_device(local_rank: int = 0) -> torch.device:
@@ -31,34 +41,42 @@ def pick_device(local_rank: int = 0) -> torch.device:
     return torch.device("cpu")
 
 
+def world_size() -> int:
+    """Processes of this run, as the launcher says."""
+    # LOCAL_RANK is torchrun's own; schedulers also set RANK and WORLD_SIZE, and mean machines by them.
+    return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+
+
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place among the ranks: data axis only, ``data`` is None on a single process."""
+    """This process's place among the ranks; ``grid`` is None on a single process."""
 
     rank: int
-    world: int
     device: torch.device
-    data: DeviceMesh | None = None
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    grid: DeviceMesh | None = None
+    groups: Mapping[str, DeviceMesh] = field(default_factory=dict)
+    experts: DeviceMesh | None = None
 
     @classmethod
     def single(cls) -> Mesh:
         """The mesh of one process, without a process group."""
-        return cls(0, 1, pick_device())
+        return cls(0, pick_device())
 
     @classmethod
-    def from_env(cls, *, timeout_s: float = 1800.0, replicate: bool = False) -> Mesh:
+    def from_env(cls, layout: ParallelLayout, *, timeout_s: float = 1800.0) -> Mesh:
         """Join the process group that torchrun's environment describes, or stay single.
 
-        ``replicate`` lays the data axis out as (replicas, 1 shard): parameters are replicated as in plain data
-        parallelism; otherwise they are sharded over all ranks. Raises UserError if the ranks cannot meet.
+        Raises UserError if the ranks cannot meet.
         """
-        # LOCAL_RANK is torchrun's own; schedulers also set RANK and WORLD_SIZE, and mean machines by them.
-        if "LOCAL_RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        world = world_size()
+        assert world == layout.world, f"{layout} is not for {world} processes"
+        if world == 1:
             return cls.single()
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
 
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank = int(os.environ["RANK"])
         device = pick_device(int(os.environ["LOCAL_RANK"]))
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -68,19 +86,83 @@ class Mesh:
             raise UserError(
                 f"MASTER_ADDR/MASTER_PORT: rank {rank} of {world} could not join the process group: {error}"
             ) from error
-        if replicate:
-            data = init_device_mesh(device.type, (world, 1), mesh_dim_names=("replicate", "shard"))
-        else:
-            data = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-        return cls(rank, world, device, data)
+        sizes = tuple(getattr(layout, axis) for axis in AXES)
+        grid = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
+        groups = {
+            "fsdp": grid["shard", "cp"]._flatten("fsdp"),
+            "stage": grid["shard", "cp", "tp"]._flatten("stage"),
+            "model": grid["cp", "tp"]._flatten("model"),
+        }
+        experts = None
+        if layout.ep > 1:
+            edp = layout.shard * layout.cp * layout.tp // layout.ep
+            experts = init_device_mesh(
+                device.type, (layout.pp, layout.replicate, edp, layout.ep), mesh_dim_names=("pp", "replicate", "edp", "ep")
+            )
+        return cls(rank, device, layout, grid, groups, experts)
+
+    # ------------------------------------------------------------------------------------------- this rank's place
+
+    @property
+    def world(self) -> int:
+        return self.layout.world
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def at(self, axis: str) -> int:
+        """This rank's index along one of ``AXES``."""
+        stride = 1
+        for name in reversed(AXES):
+            size = getattr(self.layout, name)
+            if name == axis:
+                return self.rank // stride % cast(int, size)
+            stride *= size
+        raise AssertionError(f"no axis {axis}")
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the ``layout.dp`` shares of every batch is this rank's."""
+        return self.at("replicate") * self.layout.shard + self.at("shard")
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.at("pp") == self.layout.pp - 1
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether this rank's tokens and losses enter sums over all ranks: one of each tensor group, last stage."""
+        return self.at("tp") == 0 and self.is_last_stage
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether this rank speaks for its batches: one of all that work on the same."""
+        return self.at("tp") == self.at("cp") == 0 and self.is_last_stage
+
+    def group(self, axis: str) -> ProcessGroup:
+        """The process group along an axis or group of axes."""
+        return self.axis(axis).get_group()
+
+    def axis(self, name: str) -> DeviceMesh:
+        """The one-dimensional device mesh along an axis or group of axes."""
+        assert self.grid is not None
+        return self.groups[name] if name in self.groups else self.grid[name]
+
+    def sharded(self, name: str) -> DeviceMesh:
+        """The mesh that parameters are sharded over along ``name``, behind a dimension of replicas if there are any."""
+        assert self.grid is not None
+        if self.layout.replicate == 1:
+            return self.axis(name)
+        from torch.distributed.device_mesh import DeviceMesh
+
+        return DeviceMesh._concatenate([self.grid["replicate"], self.axis(name)])
+
+    # ------------------------------------------------------------------------------------ collectives of the host
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over the ranks, in float64."""
-        if self.data is None:
+        if self.grid is None:
             return [float(value) for value in values]
         import torch.distributed as dist
 
@@ -90,7 +172,7 @@ class Mesh:
 
     def broadcast(self, value: T) -> T:
         """Rank 0's (picklable, small) ``value`` on every rank."""
-        if self.data is None:
+        if self.grid is None:
             return value
         import torch.distributed as dist
 
@@ -98,26 +180,27 @@ class Mesh:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, value: T) -> list[T]:
-        """Every rank's (picklable, small) ``value``, in rank order, on every rank."""
-        if self.data is None:
+    def gather(self, value: T, axis: str | None = None) -> list[T]:
+        """Every rank's (picklable, small) ``value``, in rank order, on every rank; along ``axis`` if given."""
+        if self.grid is None:
             return [value]
         import torch.distributed as dist
 
-        box: list[T] = [value] * self.world
-        dist.all_gather_object(box, value)
+        group = None if axis is None else self.group(axis)
+        box: list[T] = [value] * dist.get_world_size(group)
+        dist.all_gather_object(box, value, group=group)
         return box
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
-        if self.data is not None:
+        if self.grid is not None:
             import torch.distributed as dist
 
             dist.barrier()
 
     def close(self) -> None:
         """Leave the process group; call once, at the very end."""
-        if self.data is not None:
+        if self.grid is not None:
             import torch.distributed as dist
 
             dist.barrier()

@@ -46,7 +46,7 @@ class Optimizers:
         self.schedule = schedule
         self.names = {id(p): name for name, p in model.named_parameters()}
         matrices = _hidden_matrices(model) if args.optim == "muon" else set()
-        if matrices and mesh.data is not None and mesh.data.ndim == 1:
+        if matrices and mesh.world > mesh.layout.replicate:
             raise UserError(
                 "--optim muon orthogonalises whole matrices and cannot run on sharded ones; "
                 "add --deepspeed zero0, or use --optim adamw_torch_fused"

@@ -13,7 +13,7 @@ all see the same sums) and reported with the ids of its samples; parameters and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,7 @@ class Engine:
     mesh: Mesh
     compute_dtype: torch.dtype
     sync_every_microbatch: bool = True
+    sharder: Callable[[Sequence[Batch]], Sequence[Batch]] = list
 
     def forward(self, batch: Batch) -> LossSum:
         """The objective on one microbatch, under autocast if the compute dtype is a 16-bit one."""
@@ -78,15 +79,16 @@ class Engine:
 def train_step(engine: Engine, optimizers: Optimizers, batches: Sequence[Batch], *, max_grad_norm: float) -> StepResult:
     """One update from this rank's ``batches``; ``max_grad_norm`` 0 turns clipping off."""
     mesh = engine.mesh
-    local_tokens = sum(batch.num_tokens for batch in batches)
-    weight, tokens = mesh.sum([sum(batch.weight for batch in batches), local_tokens])
+    local_tokens = sum(batch.num_tokens for batch in batches) if mesh.counts_samples else 0
+    batches = engine.sharder(batches)
+    weight, tokens = mesh.sum([sum(batch.weight for batch in batches) if mesh.counts_tokens else 0.0, local_tokens])
     if weight == 0.0:
         return StepResult(0.0, 0.0, 0.0, int(tokens), {"correct": 0.0, "count": 0.0}, "no supervised token")
     sums = engine.accumulate(batches, weight)
     names = sorted(sums.metrics)
-    total, *values = mesh.sum([float(sums.total), *(float(sums.metrics[name]) for name in names)])
-    gradients = fsdp.local_gradients(optimizers.parameters, mesh)
-    norm = fsdp.norm(gradients, mesh)
+    mine = [float(sums.total), *(float(sums.metrics[name]) for name in names)]
+    total, *values = mesh.sum(mine if mesh.counts_tokens else [0.0] * len(mine))
+    norm = fsdp.norm((p.grad for p in optimizers.parameters if p.grad is not None), mesh)
     skipped = None
     if not math.isfinite(total):
         skipped = "loss is not finite"
@@ -94,7 +96,7 @@ def train_step(engine: Engine, optimizers: Optimizers, batches: Sequence[Batch],
         skipped = "gradient is not finite"
     else:
         if 0.0 < max_grad_norm < norm:
-            torch._foreach_mul_(gradients, max_grad_norm / (norm + 1e-6))
+            torch._foreach_mul_(fsdp.local_gradients(optimizers.parameters, mesh), max_grad_norm / (norm + 1e-6))
         optimizers.step()
     optimizers.zero_grad()
     return StepResult(total / weight, norm, weight, int(tokens), dict(zip(names, values, strict=True)), skipped)
@@ -104,10 +106,10 @@ def train_step(engine: Engine, optimizers: Optimizers, batches: Sequence[Batch],
 def evaluate_loss(engine: Engine, batches: Sequence[Batch]) -> dict[str, float]:
     """This rank's summed loss, weight and metrics over ``batches``, without gradients (not yet reduced)."""
     sums: dict[str, float] = {"total": 0.0, "weight": 0.0}
-    for batch in batches:
+    for batch in engine.sharder(batches):
         loss = engine.forward(batch)
         sums["total"] += float(loss.total)
         sums["weight"] += batch.weight
         for name, value in loss.metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value)
-    return sums
+    return sums if engine.mesh.counts_tokens else dict.fromkeys(sums, 0.0)

@@ -141,7 +141,8 @@ class Trainer:
         progress.step += 1
         progress.epoch = item.epoch
         progress.tokens += result.tokens
-        ids = [i for batch in item.batches for i in batch.sample_ids if i >= 0]
+        speaks = self.engine.mesh.counts_samples
+        ids = [i for batch in item.batches for i in batch.sample_ids if i >= 0 and speaks]
         progress.samples += int(self.engine.mesh.sum([len(ids)])[0])
         window.tokens += result.tokens
         window.seconds += seconds
@@ -199,7 +200,8 @@ class Trainer:
             for item in loader:
                 for name, value in evaluate_loss(self.engine, item.batches).items():
                     sums[name] = sums.get(name, 0.0) + value
-                samples += sum(i >= 0 for batch in item.batches for i in batch.sample_ids)
+                speaks = self.engine.mesh.counts_samples
+                samples += sum(i >= 0 and speaks for batch in item.batches for i in batch.sample_ids)
                 bar.advance()
         self.engine.model.train()
         names = sorted(sums)

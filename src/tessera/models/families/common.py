@@ -103,8 +103,24 @@ def ties(config: HFConfig, embedding: str, disk_names: Sequence[str]) -> tuple[T
     return (Tie(embedding, "lm_head.weight"),) if tied(config) and "lm_head.weight" in disk_names else ()
 
 
+def tensor_rows(decoder: str) -> tuple[tuple[str, str], ...]:
+    """How tensor ranks split the decoder at module ``decoder``, and the head."""
+    layer = f"{decoder}.layers.*"
+    columns = [f"self_attn.{name}_proj" for name in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
+    return (
+        *((f"{layer}.{name}", "column") for name in columns),
+        (f"{layer}.self_attn.o_proj", "row"),
+        (f"{layer}.mlp.down_proj", "row"),
+        (f"{decoder}.embed_tokens", "vocab"),
+        ("lm_head", "vocab"),
+    )
+
+
 TEXT_PLAN = Plan(
-    Groups(llm=("model", "lm_head")), fsdp_units=("model.layers.*",), recompute_decoder=("model.layers.*",)
+    Groups(llm=("model", "lm_head")),
+    fsdp_units=("model.layers.*",),
+    recompute_decoder=("model.layers.*",),
+    tensor=tensor_rows("model"),
 )
 
 
@@ -115,6 +131,7 @@ def vlm_plan(aligner: Sequence[str]) -> Plan:
         fsdp_units=("model.language_model.layers.*", "model.visual.blocks.*"),
         recompute_decoder=("model.language_model.layers.*",),
         recompute_tower=("model.visual.blocks.*",),
+        tensor=tensor_rows("model.language_model"),
     )
 
 

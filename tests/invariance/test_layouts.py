@@ -1,0 +1,81 @@
+"""Every layout of ranks takes the steps that one process takes: losses, gradient norms and all parameters.
+
+The matrix is data: one row per layout, and who runs it with which model and flags. ``make test`` runs the rows marked
+``core``; ``make test-parallel`` runs everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from tessera.contract.layout import layout_of
+from tessera.parallel.apply import Spread
+from tessera.parallel.mesh import Mesh, world_size
+from tests.invariance.engine import Trajectory, assert_same, train
+from tests.invariance.test_step import TOLERANCE, packed, single_process
+from tests.parity.reference import config_of
+from tests.ranks import run_ranks
+
+LORA = {"train_type": "lora", "freeze_vit": True, "freeze_aligner": True}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout: processes, axis sizes, what goes over them."""
+
+    ranks: int
+    axes: dict[str, int]
+    model: str = "qwen3_vl"
+    spread: Spread = field(default_factory=Spread)
+    flags: dict[str, Any] = field(default_factory=dict)
+    per_batch: int = 1
+    core: bool = False
+
+    def __str__(self) -> str:
+        axes = "x".join(f"{name}{size}" for name, size in self.axes.items())
+        extra = [self.spread.cp_comm] if "cp" in self.axes else []
+        extra += ["local"] if not self.spread.vision_balance else []
+        extra += [str(value) for value in self.flags.values() if isinstance(value, str)]
+        extra += [f"packs{self.per_batch}"] if self.per_batch > 1 else []
+        return "-".join([self.model, axes, *extra])
+
+
+A2A, LOCAL = Spread(cp_comm="a2a"), Spread(vision_balance=False)
+MATRIX = [
+    Row(2, {"tp": 2}, core=True),
+    Row(2, {"tp": 2}, "qwen2_5_vl"),
+    Row(2, {"tp": 2}, "llama"),
+    Row(2, {"tp": 2}, flags=LORA),
+    Row(2, {"tp": 2}, per_batch=4),
+    Row(2, {"cp": 2}, core=True, per_batch=2),
+    Row(2, {"cp": 2}, spread=A2A, core=True, per_batch=2),
+    Row(2, {"cp": 2}, "qwen2_5_vl"),
+    Row(2, {"cp": 2}, flags=LORA),
+    Row(2, {}, spread=LOCAL),
+    Row(4, {"tp": 2}, core=True),
+    Row(4, {"tp": 2, "zero": 3}),
+    Row(4, {"tp": 2}, spread=LOCAL),
+    Row(4, {"tp": 2, "zero": 0}),
+    Row(4, {"tp": 2, "cp": 2}, per_batch=4),
+    Row(4, {"replicate": 2}),
+    Row(4, {"cp": 2}, flags=LORA),
+]
+
+
+def on_ranks(row: Row) -> Trajectory:
+    mesh = Mesh.from_env(layout_of(world_size(), **row.axes), timeout_s=60)
+    config = config_of(row.model)
+    steps = [packed(config, row.per_batch, step)[mesh.data_rank :: mesh.layout.dp] for step in range(3)]
+    return train(config, steps, mesh=mesh, spread=row.spread, **row.flags)
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=str(row), marks=[] if row.core else [pytest.mark.parallel]) for row in MATRIX]
+)
+def test_layout_is_one_process(row: Row) -> None:
+    want = single_process(row.model, row.per_batch, **row.flags)
+    for got in run_ranks(on_ranks, row.ranks, row):
+        assert_same(got, want, TOLERANCE)
