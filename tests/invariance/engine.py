@@ -61,7 +61,7 @@ def train(
     groups = adapt.param_groups(model, run.train, adaptation)
     schedule = Schedule("constant", len(steps), 0)
     optimizers = Optimizers(model, groups, run.train, schedule, mesh)
-    sharder = Sharder.of(model, mesh, spread, family.geometry(config, {}))
+    sharder = Sharder.of(model, family.plan(config), mesh, spread, family.geometry(config, {}))
     engine = Engine(model, next_token(7), mesh, torch.float32, mesh.layout.zero >= 2, sharder)
     results = []
     for index, batches in enumerate(steps):

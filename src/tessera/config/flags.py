@@ -205,6 +205,12 @@ REST = (
     F("run_name", "log", "str", None, "name of the run in wandb"),
     F("deepspeed", "parallel", "str", None, "zero0 replicates, zero1 to zero3 shard over processes (FSDP2)"),
     F("fsdp", "parallel", "str", None, "the same in FSDP's words", choices=("fsdp2", "full_shard", "shard_grad_op")),
+    F("tensor_model_parallel_size", "parallel", "int", 1, "ranks that split heads, MLP and vocabulary", low=1),
+    F("context_parallel_size", "parallel", "int", 1, "ranks that share the tokens of one batch", low=1),
+    F("cp_comm_type", "parallel", "str", "allgather", "how they attend: gather keys and values, or exchange heads",
+      choices=("allgather", "a2a")),
+    F("data_parallel_replicate_size", "parallel", "int", 1, "copies of the sharded model (HSDP)", low=1),
+    F("vision_balance", "parallel", "bool", True, "spread the images of a step evenly over the data-parallel ranks"),
     F("ddp_timeout", "parallel", "int", 1800, "seconds until a rank that waits for the others gives up", low=1),
     F("nproc_per_node", "parallel", "int", 1, "processes on this machine", env="NPROC_PER_NODE", low=1),
     F("nnodes", "parallel", "int", 1, "machines", env="NNODES", low=1),
@@ -243,6 +249,10 @@ INERT = (
     F("remove_unused_columns", "inert", "bool", inert="columns that no format knows are ignored"),
     F("padding_free", "inert", "bool", inert="batches never hold padding"),
     F("use_liger_kernel", "inert", "bool", inert="the loss never holds the whole logits anyway"),
+    F("sequence_parallel", "inert", "bool", inert="tensor ranks always split the sequence between blocks, and one rank "
+      "has nothing to split"),
+    F("cross_entropy_loss_fusion", "inert", "bool", inert="head and cross entropy are always one, split over tensor "
+      "ranks"),
     F("check_model", "inert", "bool", inert="every tensor of a checkpoint is accounted for when it is loaded"),
     F("use_hf", "inert", "bool", env="USE_HF", inert="ids are always looked up on the Hugging Face hub"),
     F("infer_backend", "inert", "str", choices=("pt", "transformers"), inert="the engine is always tessera's own"),

@@ -150,16 +150,27 @@ class LogArgs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelArgs:
-    """On how many processes; ``deepspeed`` is None or one of zero0 to zero3, ``ddp_timeout`` in seconds."""
+    """On how many processes, and how they share the work; ``deepspeed`` is None or one of zero0 to zero3,
+    ``ddp_timeout`` in seconds."""
 
     deepspeed: str | None
     fsdp: str | None
+    tensor_model_parallel_size: int
+    context_parallel_size: int
+    cp_comm_type: str
+    data_parallel_replicate_size: int
+    vision_balance: bool
     ddp_timeout: int
     nproc_per_node: int
     nnodes: int
     node_rank: int
     master_addr: str | None
     master_port: int | None
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that work on the same batch."""
+        return self.tensor_model_parallel_size * self.context_parallel_size
 
     @property
     def zero_stage(self) -> int | None:

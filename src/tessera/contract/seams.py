@@ -9,7 +9,8 @@ one, and whether other ranks take part is the seam's business::
 
 Between blocks every rank holds its own rows of the sequence (sequence parallelism), so norms, residuals and dropout
 are computed once per row. :class:`Seams` is the version for one device; ``parallel/`` holds those that communicate.
-A parameter that is spread over ranks is a DTensor; :func:`here` is the ordinary tensor that a product needs.
+Parameters that are divided among ranks are DTensors; a :class:`Divisible` module takes its ``part`` of them, an
+ordinary tensor, where it computes.
 """
 
 from __future__ import annotations
@@ -17,16 +18,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-Reduce = Callable[[Tensor], Tensor]
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter that is not divided."""
+    return parameter
+
+
+class Divisible(nn.Module):
+    """A module whose parameters may be divided among tensor ranks: it computes with ``part`` of each.
+
+    ``bias_share`` is how much of a bias this rank adds: all, or its share where the outputs of ranks are summed.
+    """
+
+    part: Callable[[Tensor], Tensor] = staticmethod(whole)
+    bias_share: float = 1.0
 
 
 class Vocabulary:
     """The part of the vocabulary a rank holds, and reductions of ``[c]`` statistics over all parts."""
 
     offset: int = 0
+
+    def part(self, weight: Tensor) -> Tensor:
+        """This rank's rows of an embedding or head, as an ordinary tensor."""
+        return weight
 
     def max(self, x: Tensor) -> Tensor:
         """Element-wise largest value over the parts."""
@@ -68,22 +85,3 @@ class Seams:
 
 
 ONE_DEVICE = Seams()
-
-
-def here(parameter: Tensor) -> Tensor:
-    """This rank's part of ``parameter`` as an ordinary tensor (itself, unless it is spread over tensor ranks).
-
-    A parameter that every tensor rank holds whole sees only the rows or heads of its own rank, so its gradient here is
-    a summand; it is declared as such, and reduced together with the data-parallel sum.
-    """
-    if type(parameter) is nn.Parameter or type(parameter) is Tensor:
-        return parameter
-    placed: Any = parameter
-    if not hasattr(placed, "placements"):
-        return parameter
-    from torch.distributed.tensor import Partial
-
-    grads = [Partial() if placement.is_replicate() else placement for placement in placed.placements]
-    local = placed.to_local(grad_placements=grads)
-    assert isinstance(local, torch.Tensor)
-    return local

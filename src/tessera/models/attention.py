@@ -251,8 +251,8 @@ def _paired(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None
     ):
         rows, seen = mine.shape[0], key.shape[0]
         mask = torch.ones(rows, seen, dtype=torch.bool, device=q.device).tril(seen - rows)
-        shaped = (x.transpose(0, 1).unsqueeze(0) for x in (mine, key, value))
-        out = F.scaled_dot_product_attention(*shaped, attn_mask=mask, scale=scale, enable_gqa=gqa)
+        mine, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (mine, key, value))
+        out = F.scaled_dot_product_attention(mine, key, value, mask, scale=scale, enable_gqa=gqa)
         outs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outs).to(dtype)
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.contract.batch import Segments, Shard
-from tessera.contract.seams import ONE_DEVICE, Seams, here
+from tessera.contract.seams import ONE_DEVICE, Seams
 from tessera.models.attention import Layout, attend
 from tessera.models.layers import GatedMLP, Linear, Recomputable, RMSNorm
 from tessera.models.rope import Angles, Rope, RopeConfig, rotate
@@ -198,7 +198,8 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """``tokens [n]`` to this rank's rows ``[n / tp, H]``, in the autocast type where autocast is on."""
-        table, vocabulary = here(self.embed_tokens.weight), self.seams.vocabulary
+        vocabulary = self.seams.vocabulary
+        table = vocabulary.part(self.embed_tokens.weight)
         if table.shape[0] == self.config.vocab:
             x = self.embed_tokens(tokens)
         else:

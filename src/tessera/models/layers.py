@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tessera.config.errors import UserError
-from tessera.contract.seams import here
+from tessera.contract.seams import Divisible
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -66,23 +66,17 @@ class _RMSNorm(torch.autograd.Function):
         return inner.addcmul_(normal, pull, value=-1).mul_(scale).to(x.dtype), grad_weight, None
 
 
-class Linear(nn.Linear):
-    """``nn.Linear`` over this rank's part of its parameters.
+class Linear(nn.Linear, Divisible):
+    """``nn.Linear`` over this rank's part of its parameters."""
 
-    ``bias_share`` is what this rank adds of the bias: all of it, or its share where the outputs of several ranks are
-    summed afterwards.
-    """
-
-    bias_share = 1.0
-
-    def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else here(self.bias)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Linear gives it)
+        bias = None if self.bias is None else self.part(self.bias)
         if bias is not None and self.bias_share != 1.0:
             bias = bias * self.bias_share
-        return F.linear(input, here(self.weight), bias)
+        return F.linear(input, self.part(self.weight), bias)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Divisible):
     """Root-mean-square normalisation over the last dimension of ``[..., size]``; no mean, no bias."""
 
     def __init__(self, size: int, eps: float) -> None:
@@ -91,7 +85,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _RMSNorm.apply(x, here(self.weight), self.eps)
+        out: Tensor = _RMSNorm.apply(x, self.part(self.weight), self.eps)
         return out
 
     def extra_repr(self) -> str:

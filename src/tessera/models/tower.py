@@ -150,7 +150,7 @@ class Tower(nn.Module):
         return Features(final, tuple(deepstack))
 
     def cost(self, grid: Grid) -> float:
-        """Relative arithmetic of encoding one item: products (``~ hidden`` per patch) plus attention (``~ patches``)."""
+        """Relative arithmetic of encoding one item: a patch's products, and its attention to the others."""
         config, (t, h, w) = self.config, grid
         whole = 1.0 if config.whole is None else len(config.whole) / config.depth
         return t * h * w * (1.0 + whole * h * w / (6.0 * config.hidden))

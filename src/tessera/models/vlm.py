@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tessera.contract.batch import Batch
 from tessera.contract.model import Head, LossSum, Objective
 from tessera.contract.plan import Plan, matches
-from tessera.contract.seams import here
 from tessera.models.attention import permuted, plan
 from tessera.models.decoder import Decoder, DecoderConfig, KVCache
 from tessera.models.layers import Recomputable
@@ -66,7 +65,8 @@ class VLM(nn.Module):
         if objective is None:
             return hidden
         seams = self.decoder.seams
-        return objective(seams.gather(hidden), Head(here(self.head_weight), seams.vocabulary), batch)
+        head = Head(seams.vocabulary.part(self.head_weight), seams.vocabulary)
+        return objective(seams.gather(hidden), head, batch)
 
     def prefill(self, batch: Batch, cache: KVCache) -> Tensor:
         """Fill row ``s`` of ``cache`` with segment ``s``; hidden states ``[S, H]`` of each segment's last token."""

@@ -132,9 +132,7 @@ def next_token(chunk: int = DEFAULT_CHUNK) -> Objective:
         rows = hidden.index_select(0, batch.supervised)
         targets = batch.targets.index_select(0, batch.supervised)
         weights = batch.loss_weight.index_select(0, batch.supervised)
-        total, correct = cross_entropy_sum(
-            rows, head.weight, targets, weights, vocabulary=head.vocabulary, chunk=chunk
-        )
+        total, correct = cross_entropy_sum(rows, head.weight, targets, weights, vocabulary=head.vocabulary, chunk=chunk)
         if batch.supervised.numel() == 0:
             # A microbatch without targets must still reach every parameter, so that ranks stay in step.
             total = total + 0.0 * (hidden.float().sum() + head.weight.float().sum())

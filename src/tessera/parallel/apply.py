@@ -13,62 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch import nn
 
 from tessera.config.errors import UserError
-from tessera.contract.batch import Batch, Route, Shard
+from tessera.contract.batch import Batch
 from tessera.contract.model import Geometry
 from tessera.contract.plan import Plan
-from tessera.contract.seams import Seams
-from tessera.parallel import fsdp, tensor
-from tessera.parallel.balance import Balancer, Cost, deliver
-from tessera.parallel.context import GatherKeys, divide, shard, to_heads, to_rows
+from tessera.parallel import fsdp
+from tessera.parallel.balance import Balancer
+from tessera.parallel.context import divide, shard
 from tessera.parallel.mesh import Mesh
-
-
-class RankSeams(Seams):
-    """The seams of one rank among several; see :class:`~tessera.contract.seams.Seams`."""
-
-    def __init__(self, mesh: Mesh, vocabulary: int, exchange_axis: str) -> None:
-        layout = mesh.layout
-        self._tensor: ProcessGroup | None = mesh.group("tp") if layout.tp > 1 else None
-        self._context: ProcessGroup | None = mesh.group("cp") if layout.cp > 1 else None
-        self._exchange = mesh.group(exchange_axis)
-        if self._tensor is not None:
-            self.vocabulary = tensor.SplitVocabulary(vocabulary, self._tensor)
-
-    def gather(self, x: Tensor) -> Tensor:
-        if self._tensor is None:
-            return x
-        out: Tensor = tensor.Gather.apply(x, self._tensor)
-        return out
-
-    def scatter(self, x: Tensor) -> Tensor:
-        if self._tensor is None:
-            return x
-        out: Tensor = tensor.Scatter.apply(x, self._tensor)
-        return out
-
-    def before_attention(self, q: Tensor, k: Tensor, v: Tensor, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
-        if self._context is None:
-            return q, k, v
-        assert shard.gathered is not None
-        if shard.keys is not None:
-            both = GatherKeys.apply(torch.cat([k, v], dim=1), shard.gathered, self._context)
-            k, v = both.split([k.shape[1], v.shape[1]], dim=1)
-            return q, k, v
-        q, k, v = (to_heads(x, shard.gathered, self._context) for x in (q, k, v))
-        return q, k, v
-
-    def after_attention(self, out: Tensor, shard: Shard) -> Tensor:
-        if self._context is None or shard.keys is not None:
-            return out
-        assert shard.inverse is not None
-        return to_rows(out, shard.inverse, self._context)
-
-    def exchange(self, features: Tensor, route: Route) -> Tensor:
-        return deliver(features, route, self._exchange)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +33,9 @@ class Spread:
     vision_balance: bool = True
 
 
-def check(model: Any, mesh: Mesh, spread: Spread) -> None:
-    """UserError if the model's sizes do not go with the layout; before any weight is read."""
-    layout, config = mesh.layout, model.decoder.config
+def check(config: Any, mesh: Mesh, spread: Spread) -> None:
+    """UserError if the sizes of a decoder's ``config`` do not go with the layout; before any weight is read."""
+    layout = mesh.layout
     tp, cp = layout.tp, layout.cp
     for what, size in (("attention heads", config.heads), ("key/value heads", config.kv_heads)):
         if size % tp:
@@ -103,27 +57,30 @@ def apply(model: nn.Module, plan: Plan, mesh: Mesh, spread: Spread, *, compute_d
     """Spread ``model`` (plain or on the meta device) over the mesh in place; the identity on a single process."""
     if mesh.grid is None:
         return
+    from tessera.parallel import tensor
+    from tessera.parallel.seams import RankSeams
+
     layout = mesh.layout
+    decoder: Any = model.get_submodule(plan.groups.llm[0]) if plan.tensor else None
     if layout.tp * layout.cp > 1:
-        decoder = getattr(model, "decoder", None)
         if decoder is None:
             raise UserError(
                 "--tensor_model_parallel_size and --context_parallel_size need a model family of our own; "
                 "models run whole take data parallelism only (--deepspeed zero3)",
                 exit_code=2,
             )
-        check(model, mesh, spread)
+        check(decoder.config, mesh, spread)
         decoder.seams = RankSeams(mesh, decoder.config.vocab, exchange_axis(mesh, spread))
         tensor.split(model, plan, mesh)
-    elif balances(model, mesh, spread):
-        model.decoder.seams = RankSeams(mesh, 0, "stage")
+    elif balances(plan, mesh, spread):
+        decoder.seams = RankSeams(mesh, 0, "stage")
     fsdp.shard(model, plan, mesh, compute_dtype=compute_dtype)
 
 
-def balances(model: Any, mesh: Mesh, spread: Spread) -> bool:
+def balances(plan: Plan, mesh: Mesh, spread: Spread) -> bool:
     """Whether images may be encoded by other ranks than those their batch is on."""
     layout = mesh.layout
-    if getattr(model, "visual", None) is None or mesh.grid is None:
+    if not plan.tensor or not plan.groups.vit or mesh.grid is None:
         return False
     return layout.cp * layout.tp > 1 or (spread.vision_balance and layout.shard > 1)
 
@@ -137,8 +94,7 @@ def exchange_axis(mesh: Mesh, spread: Spread) -> str:
 class Sharder:
     """A step's microbatches to this rank's parts of them; the identity where batches stay whole.
 
-    ``imbalance`` is the largest over mean tower load of the latest step's microbatches, and ``unbalanced`` what it would
-    have been had every batch stayed with its own ranks (both 1.0 without images).
+    ``imbalance`` is the largest over mean tower load of the latest step's microbatches (1.0 without images).
     """
 
     mesh: Mesh
@@ -147,12 +103,12 @@ class Sharder:
     imbalance: float = 1.0
 
     @classmethod
-    def of(cls, model: Any, mesh: Mesh, spread: Spread, geometry: Geometry) -> Sharder:
+    def of(cls, model: nn.Module, plan: Plan, mesh: Mesh, spread: Spread, geometry: Geometry) -> Sharder:
         """The sharder of a model whose images are described by ``geometry``."""
-        if not balances(model, mesh, spread):
+        if not balances(plan, mesh, spread):
             return cls(mesh, spread)
-        cost: Cost = model.visual.cost
-        return cls(mesh, spread, Balancer(mesh, geometry, cost, exchange_axis(mesh, spread) == "stage"))
+        tower: Any = model.get_submodule(plan.groups.vit[0])
+        return cls(mesh, spread, Balancer(mesh, geometry, tower.cost, exchange_axis(mesh, spread) == "stage"))
 
     def __call__(self, batches: Sequence[Batch]) -> list[Batch]:
         layout = self.mesh.layout

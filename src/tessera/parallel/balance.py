@@ -85,14 +85,12 @@ class Balancer:
             everyone = [mine]
         routed = []
         for number, batch in enumerate(batches):
-            items = [
-                replace(item, batch=share) for share, lists in enumerate(everyone) for item in lists[number]
-            ]
+            items = [replace(item, batch=share) for share, lists in enumerate(everyone) for item in lists[number]]
             routed.append(self._routed(batch, divisions[number], items))
         return routed
 
     def _as_wide(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Stills repeated over the temporal patch where another rank sends videos: all pixels of an exchange are alike."""
+        """Stills repeated over the temporal patch where another rank sends videos: an exchange has one row width."""
         widths = [0 if batch.media is None else batch.media.patches.shape[1] for batch in batches]
         most = np.max(self.mesh.gather(widths, self.axis), axis=0)
         out = []

@@ -3,7 +3,7 @@
 Everything but attention treats tokens one by one, so a rank may hold any of them. Which ones decides how evenly
 attention is spread: under a causal mask the end of a document costs more than its beginning. Each document is therefore
 cut into ``2 cp`` chunks and rank ``r`` takes chunks ``r`` and ``2 cp - 1 - r``, an early and a late one (the zigzag of
-Llama 3 and Megatron, but per *document*, so that it stays balanced when many are packed)::
+Megatron, but per *document*, so that it stays balanced when many are packed)::
 
     cp = 2     document a: a0 a1 a2 a3     document b: b0 b1 b2 b3
                rank 0: a0 a3 b0 b3         rank 1: a1 a2 b1 b2
@@ -26,21 +26,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tessera.contract.batch import Batch, Segments, Shard
-from tessera.parallel.tensor import all_gather, reduce_scatter
+from tessera.parallel.collectives import Exchange, all_gather, reduce_scatter
 
 
 @dataclass(frozen=True, slots=True)
 class Division:
     """Who holds which rows of a packed row of ``total`` tokens.
 
-    ``held[r]`` are the rows of rank ``r`` in its order, ``rows`` (fillers included) how many each holds, ``runs[r]`` its
-    stretches as (segment, first row within the segment, rows). ``place [total]`` is each row's slot when all ranks' rows
-    lie one behind the other.
+    ``held[r]`` are the rows of rank ``r`` in its order, ``rows`` (fillers included) how many each holds, ``runs[r]``
+    its stretches as (segment, first row within the segment, rows). ``place [total]`` is each row's slot when all
+    ranks' rows lie one behind the other.
     """
 
     rows: int
@@ -50,7 +49,7 @@ class Division:
 
 
 def divide(lengths: Sequence[int], cp: int, multiple: int = 1, least: int = 0) -> Division:
-    """Segments of these ``lengths`` over ``cp`` ranks, with a row count that ``multiple`` divides, at least ``least``."""
+    """Segments of ``lengths`` over ``cp`` ranks; each holds a multiple of ``multiple`` rows, at least ``least``."""
     held: list[list[np.ndarray]] = [[] for _ in range(cp)]
     runs: list[list[tuple[int, int, int]]] = [[] for _ in range(cp)]
     start = 0
@@ -136,25 +135,6 @@ class GatherKeys(torch.autograd.Function):
         (gathered,) = ctx.saved_tensors
         everyone = grads[0].new_zeros(ctx.rows * ctx.group.size(), *grads[0].shape[1:])
         return reduce_scatter(everyone.index_add_(0, gathered, grads[0]), ctx.group), None, None
-
-
-class Exchange(torch.autograd.Function):
-    """All-to-all of equal parts along the first dimension; its own inverse, hence its own gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _all_to_all(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_to_all(grads[0], ctx.group), None
-
-
-def _all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(out, x.contiguous(), group=group)
-    return out
 
 
 def to_heads(x: Tensor, gathered: Tensor, group: ProcessGroup) -> Tensor:

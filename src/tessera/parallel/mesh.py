@@ -48,12 +48,55 @@ def world_size() -> int:
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """This process's place among the ranks; ``grid`` is None on a single process."""
+class Place:
+    """Where a process stands in the grid of ranks."""
 
     rank: int
     device: torch.device
     layout: ParallelLayout = field(default_factory=ParallelLayout)
+
+    @property
+    def world(self) -> int:
+        return self.layout.world
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def at(self, axis: str) -> int:
+        """This rank's index along one of ``AXES``."""
+        stride = 1
+        for name in reversed(AXES):
+            size = getattr(self.layout, name)
+            if name == axis:
+                return self.rank // stride % cast(int, size)
+            stride *= size
+        raise AssertionError(f"no axis {axis}")
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the ``layout.dp`` shares of every batch is this rank's."""
+        return self.at("replicate") * self.layout.shard + self.at("shard")
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.at("pp") == self.layout.pp - 1
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether this rank's tokens and losses enter sums over all ranks: one of each tensor group, last stage."""
+        return self.at("tp") == 0 and self.is_last_stage
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether this rank speaks for its batches: one of all that work on the same."""
+        return self.at("tp") == self.at("cp") == 0 and self.is_last_stage
+
+
+@dataclass(frozen=True)
+class Mesh(Place):
+    """A process's place, and the groups of ranks it belongs to; ``grid`` is None on a single process."""
+
     grid: DeviceMesh | None = None
     groups: Mapping[str, DeviceMesh] = field(default_factory=dict)
     experts: DeviceMesh | None = None
@@ -96,49 +139,9 @@ class Mesh:
         experts = None
         if layout.ep > 1:
             edp = layout.shard * layout.cp * layout.tp // layout.ep
-            experts = init_device_mesh(
-                device.type, (layout.pp, layout.replicate, edp, layout.ep), mesh_dim_names=("pp", "replicate", "edp", "ep")
-            )
+            names = ("pp", "replicate", "edp", "ep")
+            experts = init_device_mesh(device.type, (layout.pp, layout.replicate, edp, layout.ep), mesh_dim_names=names)
         return cls(rank, device, layout, grid, groups, experts)
-
-    # ------------------------------------------------------------------------------------------- this rank's place
-
-    @property
-    def world(self) -> int:
-        return self.layout.world
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def at(self, axis: str) -> int:
-        """This rank's index along one of ``AXES``."""
-        stride = 1
-        for name in reversed(AXES):
-            size = getattr(self.layout, name)
-            if name == axis:
-                return self.rank // stride % cast(int, size)
-            stride *= size
-        raise AssertionError(f"no axis {axis}")
-
-    @property
-    def data_rank(self) -> int:
-        """Which of the ``layout.dp`` shares of every batch is this rank's."""
-        return self.at("replicate") * self.layout.shard + self.at("shard")
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.at("pp") == self.layout.pp - 1
-
-    @property
-    def counts_tokens(self) -> bool:
-        """Whether this rank's tokens and losses enter sums over all ranks: one of each tensor group, last stage."""
-        return self.at("tp") == 0 and self.is_last_stage
-
-    @property
-    def counts_samples(self) -> bool:
-        """Whether this rank speaks for its batches: one of all that work on the same."""
-        return self.at("tp") == self.at("cp") == 0 and self.is_last_stage
 
     def group(self, axis: str) -> ProcessGroup:
         """The process group along an axis or group of axes."""
@@ -157,8 +160,6 @@ class Mesh:
         from torch.distributed.device_mesh import DeviceMesh
 
         return DeviceMesh._concatenate([self.grid["replicate"], self.axis(name)])
-
-    # ------------------------------------------------------------------------------------ collectives of the host
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over the ranks, in float64."""

@@ -20,56 +20,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from tessera.config.errors import UserError
 from tessera.contract.plan import Plan, matches, within
-from tessera.contract.seams import Vocabulary
+from tessera.contract.seams import Divisible, Vocabulary
 from tessera.parallel.mesh import Mesh
 
 
-def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    """``x`` of all ranks, one behind the other along the first dimension; no gradient."""
-    out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-    return out
+def part(parameter: Tensor) -> Tensor:
+    """This rank's part of ``parameter`` as an ordinary tensor.
 
-
-def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
-    """This rank's rows of the sum over all ranks; no gradient."""
-    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
-    return out
-
-
-class Gather(torch.autograd.Function):
-    """All-gather of rows; backward sums what every rank made of them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return all_gather(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(grads[0], ctx.group), None
-
-
-class Scatter(torch.autograd.Function):
-    """Reduce-scatter of rows; backward hands every rank the gradient of all of them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return reduce_scatter(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_gather(grads[0], ctx.group), None
+    A parameter that every tensor rank holds whole sees only the rows or heads of its own rank, so its gradient here is
+    a summand; it is declared as such, and reduced together with the data-parallel sum.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    grads = [Partial() if placement.is_replicate() else placement for placement in parameter.placements]
+    local = parameter.to_local(grad_placements=grads)
+    assert isinstance(local, Tensor)
+    return local
 
 
 class SplitVocabulary(Vocabulary):
@@ -78,6 +51,9 @@ class SplitVocabulary(Vocabulary):
     def __init__(self, size: int, group: ProcessGroup) -> None:
         self._group = group
         self.offset = group.rank() * (size // group.size())
+
+    def part(self, weight: Tensor) -> Tensor:
+        return part(weight)
 
     def max(self, x: Tensor) -> Tensor:
         return self._reduced(x, dist.ReduceOp.MAX)
@@ -104,7 +80,9 @@ def split(model: nn.Module, plan: Plan, mesh: Mesh) -> None:
         return
     assert mesh.grid is not None
     if not plan.tensor:
-        raise UserError(f"--tensor_model_parallel_size {tp}: this model family has no rule for it; use 1 and --deepspeed zero3")
+        raise UserError(
+            f"--tensor_model_parallel_size {tp}: this model family has no rule for it; use 1 and --deepspeed zero3"
+        )
     axis = mesh.grid["tp"]
     made: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
@@ -116,8 +94,9 @@ def split(model: nn.Module, plan: Plan, mesh: Mesh) -> None:
             if id(parameter) not in made:
                 made[id(parameter)] = _spread(parameter, placement, axis, full)
             module.register_parameter(leaf, made[id(parameter)])
-        if _style(plan, name) == "row" and getattr(module, "bias_share", None) is not None:
-            module.bias_share = 1.0 / tp  # type: ignore[assignment]
+        if isinstance(module, Divisible):
+            module.part = part
+            module.bias_share = 1.0 / tp if _style(plan, name) == "row" else 1.0
 
 
 def _styles(plan: Plan, name: str) -> Iterator[tuple[str, str]]:
@@ -160,10 +139,8 @@ def _spread(parameter: nn.Parameter, placement: Placement, axis: Any, name: str)
     if isinstance(placement, Shard):
         size = local.shape[placement.dim]
         if size % axis.size():
-            raise UserError(
-                f"--tensor_model_parallel_size {axis.size()}: {name} has {size} {'columns' if placement.dim else 'rows'},"
-                " which it does not divide"
-            )
+            what = f"{size} {'columns' if placement.dim else 'rows'} of {name}"
+            raise UserError(f"--tensor_model_parallel_size {axis.size()} does not divide the {what}", exit_code=2)
         local = local.chunk(axis.size(), placement.dim)[axis.get_local_rank()].clone()
     spread = DTensor.from_local(
         local, axis, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()

@@ -17,7 +17,6 @@ from tessera.data.corpus import Corpus
 from tessera.data.loader import Loader
 from tessera.observe.cost import MemoryEstimate, Weights, Work, estimate_memory, stacks_of
 from tessera.observe.facts import RunFacts, TrainedModule, hardware, versions
-from tessera.parallel import fsdp
 from tessera.parallel.mesh import Mesh
 
 
@@ -100,15 +99,14 @@ def _memory(
         train_tower=_trains(run, groups, "vit"),
     )
     decoder, tower = stacks_of(source.config)
-    stage = fsdp.DEFAULT_STAGE if run.parallel.zero_stage is None else run.parallel.zero_stage
     return estimate_memory(
         _weights(model),
         work,
         decoder,
         tower,
         states=1 if run.train.optim == "muon" else 2,
-        shards=1 if stage == 0 else mesh.world,
-        gather=stage != 3,
+        shards=mesh.layout.shard * mesh.layout.cp * mesh.layout.tp,
+        gather=mesh.layout.zero != 3,
     )
 
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,14 +41,14 @@ from tessera.contract.model import dtype_of
 from tessera.data.corpus import Corpus, prepare
 from tessera.data.loader import Loader, eval_loader
 from tessera.data.render import Renderer
-from tessera.models.vlm import VLM
 from tessera.objectives.lm import next_token
 from tessera.observe.metrics import RunLog
 from tessera.observe.plots import draw
 from tessera.observe.screen import summary_screen
 from tessera.parallel import fsdp
-from tessera.parallel.mesh import Mesh
-from tessera.recipes import screen
+from tessera.parallel.apply import Sharder
+from tessera.parallel.mesh import Mesh, world_size
+from tessera.recipes import placement, screen
 from tessera.recipes.export import ARGS_FILE, limit_processor
 from tessera.train.optim import Optimizers
 from tessera.train.schedule import Schedule, warmup_steps
@@ -71,8 +71,7 @@ class Place:
 
 def main(run: Run) -> Path | None:
     """Train as ``run`` says; returns the last checkpoint (None for a dry run). Raises UserError, SystemExit(128+n)."""
-    stage = run.parallel.zero_stage
-    mesh = Mesh.from_env(timeout_s=float(run.parallel.ddp_timeout), replicate=stage == 0)
+    mesh = Mesh.from_env(placement.layout_of_run(run, world_size()), timeout_s=float(run.parallel.ddp_timeout))
     trainer = build(run, mesh)
     if trainer is None:
         mesh.close()
@@ -133,62 +132,6 @@ def cadence(run: Run, max_steps: int, steps_per_epoch: int, *, has_val: bool) ->
     )
 
 
-def stage_of(run: Run) -> int:
-    """The ZeRO stage that ``--deepspeed`` or ``--fsdp`` asks for, or the default."""
-    return fsdp.DEFAULT_STAGE if run.parallel.zero_stage is None else run.parallel.zero_stage
-
-
-def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) -> tuple[nn.Module, adapt.Adaptation]:
-    """The model with its weights, adapted, with recomputation set, and sharded over the mesh.
-
-    What is trained is kept in float32 and what is frozen in ``dtype``; matrix products run in ``dtype`` either way.
-    In full training the empty model is sharded first, so that each rank reads only its own bytes of every file.
-    """
-    stage = stage_of(run)
-    quantisation = adapt.quant.requested(run.model, run.adapt)
-    trained: set[str] = set()
-
-    def decide(module: nn.Module) -> None:
-        if run.adapt.train_type == "full":
-            adapt.trainable.freeze(module, run.adapt, source.plan.groups)
-            trained.update(name for name, p in module.named_parameters() if p.requires_grad)
-            fsdp.shard(module, source.plan, mesh, stage=stage, compute_dtype=dtype)
-
-    def dtype_for(name: str) -> torch.dtype:
-        return torch.float32 if name in trained else dtype
-
-    model = door.load(source, dtype=dtype_for, device=mesh.device, prepare=decide)
-    if run.model.adapters:
-        adaptation = continued(run, source, model, quantisation)
-    else:
-        adaptation = adapt.apply(model, run.adapt, source.plan, seed=run.train.seed, quantisation=quantisation)
-    if run.adapt.train_type != "full":
-        fsdp.shard(model, source.plan, mesh, stage=stage, compute_dtype=dtype)
-    recompute = run.train.gradient_checkpointing, run.train.vit_gradient_checkpointing
-    cast(VLM, model).set_recompute(source.plan, decoder=recompute[0], tower=recompute[1])
-    return model, adaptation
-
-
-def continued(
-    run: Run, source: door.Source, model: nn.Module, quantisation: adapt.Quantisation | None
-) -> adapt.Adaptation:
-    """Go on training the adapter of ``--adapters``, as its own file describes it."""
-    if run.adapt.train_type != "lora" or len(run.model.adapters) != 1:
-        raise UserError(
-            f"--adapters {' '.join(run.model.adapters)}: training goes on with one adapter and --train_type lora; "
-            "to train the weights, merge it first (tessera export --merge_lora true)"
-        )
-    quantised = adapt.quant.quantise(model, source.plan.groups, quantisation) if quantisation else ()
-    return adapt.load_adapter(
-        model,
-        run.model.adapters[0],
-        source.plan.groups,
-        trainable=True,
-        lorap_lr_ratio=run.adapt.lorap_lr_ratio,
-        quantised=quantised,
-    )
-
-
 def checkpoint_writer(
     run: Run, source: door.Source, model: nn.Module, adaptation: adapt.Adaptation, optimizers: Optimizers, mesh: Mesh
 ) -> Callable[[Path], None]:
@@ -228,8 +171,8 @@ def train_loader(run: Run, corpus: Corpus, mesh: Mesh) -> Loader:
         packing=run.data.packing,
         capacity=run.data.packing_length or run.data.max_length,
         seed=run.data.data_seed,
-        rank=mesh.rank,
-        world=mesh.world,
+        rank=mesh.data_rank,
+        world=mesh.layout.dp,
         threads=run.data.dataloader_num_workers,
         shuffle=run.data.train_dataloader_shuffle,
         epochs=run.train.num_train_epochs,
@@ -245,8 +188,8 @@ def val_loader(run: Run, corpus: Corpus, mesh: Mesh) -> Loader:
         units_per_batch=run.train.per_device_eval_batch_size,
         packing=run.data.packing,
         capacity=run.data.packing_length or run.data.max_length,
-        rank=mesh.rank,
-        world=mesh.world,
+        rank=mesh.data_rank,
+        world=mesh.layout.dp,
         threads=run.data.dataloader_num_workers,
     )
 
@@ -287,7 +230,7 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     place = place_of(run, mesh)
     with ThreadPoolExecutor(1, thread_name_prefix="tessera-plan") as pool:
         planning = pool.submit(plan_data, run, source, place.run_dir, mesh)
-        model, adaptation = load_model(run, source, mesh, dtype)
+        model, adaptation = placement.load_model(run, source, mesh, dtype)
         train, val = planning.result()
     torch.manual_seed(run.train.seed + mesh.rank)  # dropout draws from this: other noise on every rank
     loader = train_loader(run, train, mesh)
@@ -315,7 +258,12 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
         print(f"{screen.sample_lines(train)}\n{summary_screen(facts)}", flush=True)
     return Trainer(
         engine=Engine(
-            model, next_token(run.train.loss_chunk_size), mesh, dtype, sync_every_microbatch=stage_of(run) >= 2
+            model,
+            next_token(run.train.loss_chunk_size),
+            mesh,
+            dtype,
+            sync_every_microbatch=mesh.layout.zero >= 2,
+            sharder=Sharder.of(model, source.plan, mesh, placement.spread_of_run(run), source.geometry),
         ),
         optimizers=optimizers,
         loader=loader,

@@ -1,0 +1,90 @@
+"""From flags to a model in its place: the layout of ranks, the weights, the adapter, the split.
+
+The order matters. In full training the empty model is spread over the ranks first, so that each reads only its own
+bytes of every file. An adapter is put beside the weights it adapts, then both are spread, A and B following their base.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from tessera import adapt
+from tessera.checkpoint import open as door
+from tessera.config.errors import UserError
+from tessera.config.run import Run
+from tessera.contract.layout import ParallelLayout, layout_of
+from tessera.models.vlm import VLM
+from tessera.parallel import apply, fsdp
+from tessera.parallel.apply import Spread
+from tessera.parallel.mesh import Mesh
+
+
+def layout_of_run(run: Run, world: int) -> ParallelLayout:
+    """The layout of ``world`` processes that the flags ask for; UserError if they do not fit."""
+    parallel = run.parallel
+    return layout_of(
+        world,
+        cp=parallel.context_parallel_size,
+        tp=parallel.tensor_model_parallel_size,
+        replicate=parallel.data_parallel_replicate_size,
+        zero=fsdp.DEFAULT_STAGE if parallel.zero_stage is None else parallel.zero_stage,
+    )
+
+
+def spread_of_run(run: Run) -> Spread:
+    """How the model's work is spread beyond the layout's sizes."""
+    return Spread(cp_comm=run.parallel.cp_comm_type, vision_balance=run.parallel.vision_balance)
+
+
+def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) -> tuple[nn.Module, adapt.Adaptation]:
+    """The model with its weights, adapted, with recomputation set, and sharded over the mesh.
+
+    What is trained is kept in float32 and what is frozen in ``dtype``; matrix products run in ``dtype`` either way.
+    In full training the empty model is sharded first, so that each rank reads only its own bytes of every file.
+    """
+    spread = spread_of_run(run)
+    quantisation = adapt.quant.requested(run.model, run.adapt)
+    trained: set[str] = set()
+
+    def decide(module: nn.Module) -> None:
+        if run.adapt.train_type == "full":
+            adapt.trainable.freeze(module, run.adapt, source.plan.groups)
+            trained.update(name for name, p in module.named_parameters() if p.requires_grad)
+            apply.apply(module, source.plan, mesh, spread, compute_dtype=dtype)
+
+    def dtype_for(name: str) -> torch.dtype:
+        return torch.float32 if name in trained else dtype
+
+    model = door.load(source, dtype=dtype_for, device=mesh.device, prepare=decide)
+    if run.model.adapters:
+        adaptation = continued(run, source, model, quantisation)
+    else:
+        adaptation = adapt.apply(model, run.adapt, source.plan, seed=run.train.seed, quantisation=quantisation)
+    if run.adapt.train_type != "full":
+        apply.apply(model, source.plan, mesh, spread, compute_dtype=dtype)
+    recompute = run.train.gradient_checkpointing, run.train.vit_gradient_checkpointing
+    cast(VLM, model).set_recompute(source.plan, decoder=recompute[0], tower=recompute[1])
+    return model, adaptation
+
+
+def continued(
+    run: Run, source: door.Source, model: nn.Module, quantisation: adapt.Quantisation | None
+) -> adapt.Adaptation:
+    """Go on training the adapter of ``--adapters``, as its own file describes it."""
+    if run.adapt.train_type != "lora" or len(run.model.adapters) != 1:
+        raise UserError(
+            f"--adapters {' '.join(run.model.adapters)}: training goes on with one adapter and --train_type lora; "
+            "to train the weights, merge it first (tessera export --merge_lora true)"
+        )
+    quantised = adapt.quant.quantise(model, source.plan.groups, quantisation) if quantisation else ()
+    return adapt.load_adapter(
+        model,
+        run.model.adapters[0],
+        source.plan.groups,
+        trainable=True,
+        lorap_lr_ratio=run.adapt.lorap_lr_ratio,
+        quantised=quantised,
+    )
