@@ -67,7 +67,7 @@ def prepared(kind: str, units: int, capacity: int) -> tuple[Callable[[], None], 
     from tessera.data.loader import Loader
     from tessera.models.families import family_of
     from tessera.models.init import init_weights
-    from tessera.objectives.lm import next_token
+    from tessera.objectives.lm import NextToken
 
     corpus = planned(rows.rows_file(kind, 128 if capacity else 200))
     loader = Loader(
@@ -76,7 +76,7 @@ def prepared(kind: str, units: int, capacity: int) -> tuple[Callable[[], None], 
     batch = next(iter(loader)).batches[0]
     config = json.loads((rows.model_dir("10m") / "config.json").read_text())
     model = init_weights(family_of(config).build(config), config, 0).train()
-    objective = next_token()
+    objective = NextToken()
 
     def step() -> None:
         model.zero_grad(set_to_none=True)

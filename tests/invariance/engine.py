@@ -13,10 +13,11 @@ from tessera import adapt
 from tessera.config.resolve import run_of
 from tessera.contract.batch import Batch
 from tessera.models.families import family_of
-from tessera.objectives.lm import next_token
+from tessera.objectives.lm import NextToken
 from tessera.parallel import apply, fsdp
 from tessera.parallel.apply import Sharder, Spread
 from tessera.parallel.mesh import Mesh
+from tessera.recipes import placement
 from tessera.train.optim import Optimizers
 from tessera.train.schedule import Schedule
 from tessera.train.step import Engine, StepResult, train_step
@@ -39,6 +40,8 @@ def train(
     *,
     mesh: Mesh | None = None,
     spread: Spread | None = None,
+    schedule: str = "1f1b",
+    chunks: int = 1,
     recompute: tuple[bool, bool] = (False, False),
     **flags: Any,
 ) -> Trajectory:
@@ -57,25 +60,40 @@ def train(
     model.set_recompute(family.plan(config), decoder=recompute[0], tower=recompute[1])
     model.train()
     spread = spread or Spread()
-    apply.apply(model, family.plan(config), mesh, spread, compute_dtype=torch.float32)
+    stages = placement.stages_of(model, mesh, chunks)
+    apply.apply(model, family.plan(config), mesh, spread, compute_dtype=torch.float32, stages=stages)
+    pipeline = placement.pipeline_of(model, stages, mesh, schedule)
     groups = adapt.param_groups(model, run.train, adaptation)
-    schedule = Schedule("constant", len(steps), 0)
-    optimizers = Optimizers(model, groups, run.train, schedule, mesh)
+    rates = Schedule("constant", len(steps), 0)
+    optimizers = Optimizers(model, groups, run.train, rates, mesh)
     sharder = Sharder.of(model, family.plan(config), mesh, spread, family.geometry(config, {}))
-    engine = Engine(model, next_token(7), mesh, torch.float32, mesh.layout.zero >= 2, sharder)
+    engine = Engine(
+        model,
+        NextToken(7, repeatable=schedule == "zero_bubble"),
+        mesh,
+        torch.float32,
+        mesh.layout.zero >= 2,
+        sharder,
+        pipeline,
+    )
     results = []
     for index, batches in enumerate(steps):
         optimizers.set_step(index)
         results.append(train_step(engine, optimizers, batches, max_grad_norm=run.train.max_grad_norm))
-    parameters = {name: fsdp.full(p.detach(), mesh).clone() for name, p in model.named_parameters()}
+    held = {name: fsdp.full(p.detach(), mesh).clone() for name, p in model.named_parameters()}
+    parameters: dict[str, Tensor] = {}
+    for part in mesh.gather(held, "pp"):
+        for name, value in part.items():
+            assert torch.equal(parameters.setdefault(name, value), value), f"the copies of {name} differ"
     return Trajectory([r.loss for r in results], [r.grad_norm for r in results], parameters, results)
 
 
 def assert_same(got: Trajectory, want: Trajectory, tolerance: float) -> None:
     """Losses, norms and every parameter agree; parameters relative to the tensor's largest entry."""
     assert got.parameters.keys() == want.parameters.keys()
-    for mine, other in ((got.losses, want.losses), (got.norms, want.norms)):
-        torch.testing.assert_close(torch.tensor(mine), torch.tensor(other), rtol=tolerance, atol=tolerance)
-    for name, value in want.parameters.items():
-        difference = (got.parameters[name] - value).abs().max() / value.abs().max().clamp_min(1e-3)
+    for figures, expected in ((got.losses, want.losses), (got.norms, want.norms)):
+        torch.testing.assert_close(torch.tensor(figures), torch.tensor(expected), rtol=tolerance, atol=tolerance)
+    for name, mine in got.parameters.items():
+        value = want.parameters[name]
+        difference = (mine - value).abs().max() / value.abs().max().clamp_min(1e-3)
         assert difference <= tolerance, f"{name} differs by {difference:.2e}"

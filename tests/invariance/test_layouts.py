@@ -15,7 +15,7 @@ from tessera.contract.layout import layout_of
 from tessera.parallel.apply import Spread
 from tessera.parallel.mesh import Mesh, world_size
 from tests.invariance.engine import Trajectory, assert_same, train
-from tests.invariance.test_step import TOLERANCE, packed, single_process
+from tests.invariance.test_step import TOLERANCE, packed
 from tests.parity.reference import config_of
 from tests.ranks import run_ranks
 
@@ -32,6 +32,9 @@ class Row:
     spread: Spread = field(default_factory=Spread)
     flags: dict[str, Any] = field(default_factory=dict)
     per_batch: int = 1
+    schedule: str = "1f1b"
+    chunks: int = 1
+    layers: int | None = None
     core: bool = False
 
     def __str__(self) -> str:
@@ -39,6 +42,7 @@ class Row:
         extra = [self.spread.cp_comm] if "cp" in self.axes else []
         extra += ["local"] if not self.spread.vision_balance else []
         extra += [str(value) for value in self.flags.values() if isinstance(value, str)]
+        extra += [self.schedule] if "pp" in self.axes else []
         extra += [f"packs{self.per_batch}"] if self.per_batch > 1 else []
         return "-".join([self.model, axes, *extra])
 
@@ -62,20 +66,44 @@ MATRIX = [
     Row(4, {"tp": 2, "cp": 2}, per_batch=4),
     Row(4, {"replicate": 2}),
     Row(4, {"cp": 2}, flags=LORA),
+    Row(2, {"pp": 2}, core=True),
+    Row(2, {"pp": 2}, "qwen2_5_vl"),
+    Row(2, {"pp": 2}, "llama"),
+    Row(2, {"pp": 2}, schedule="interleaved", chunks=2, layers=8, core=True),
+    Row(2, {"pp": 2}, schedule="zero_bubble", chunks=2, layers=8),
+    Row(2, {"pp": 2}, schedule="zero_bubble"),
+    Row(2, {"pp": 2}, flags=LORA),
+    Row(4, {"pp": 4}, layers=8),
+    Row(4, {"pp": 2, "tp": 2}),
+    Row(4, {"pp": 2, "cp": 2}),
+    Row(4, {"pp": 2}, flags={"freeze_llm": True, "freeze_vit": True}),
+    Row(8, {"pp": 2, "tp": 2}),
+    Row(8, {"pp": 2, "tp": 2}, schedule="interleaved", chunks=2, layers=8),
+    Row(8, {"pp": 2, "tp": 2}, flags=LORA, schedule="zero_bubble", chunks=2, layers=8),
+    Row(8, {"pp": 2, "cp": 2, "tp": 2}),
 ]
+
+
+def config_for(row: Row) -> dict[str, Any]:
+    config = config_of(row.model)
+    if row.layers is not None:
+        config.get("text_config", config)["num_hidden_layers"] = row.layers
+    return config
 
 
 def on_ranks(row: Row) -> Trajectory:
     mesh = Mesh.from_env(layout_of(world_size(), **row.axes), timeout_s=60)
-    config = config_of(row.model)
+    config = config_for(row)
     steps = [packed(config, row.per_batch, step)[mesh.data_rank :: mesh.layout.dp] for step in range(3)]
-    return train(config, steps, mesh=mesh, spread=row.spread, **row.flags)
+    shape = {"spread": row.spread, "schedule": row.schedule, "chunks": row.chunks}
+    return train(config, steps, mesh=mesh, **shape, **row.flags)
 
 
 @pytest.mark.parametrize(
     "row", [pytest.param(row, id=str(row), marks=[] if row.core else [pytest.mark.parallel]) for row in MATRIX]
 )
 def test_layout_is_one_process(row: Row) -> None:
-    want = single_process(row.model, row.per_batch, **row.flags)
+    config = config_for(row)
+    want = train(config, [packed(config, row.per_batch, step) for step in range(3)], **row.flags)
     for got in run_ranks(on_ranks, row.ranks, row):
         assert_same(got, want, TOLERANCE)

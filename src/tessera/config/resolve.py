@@ -301,12 +301,14 @@ def _derive(draft: _Draft, env: Mapping[str, str]) -> None:
     world = values["nproc_per_node"] * values["nnodes"]
     if under_launcher(env):
         world = int(env.get("WORLD_SIZE", "1"))
-    data = max(1, world // (values["tensor_model_parallel_size"] * values["context_parallel_size"]))
+    sizes = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
+    data = max(1, world // math.prod(values[size] for size in sizes))
     full = values["train_type"] == "full"
     name = os.path.basename(values["model"] or "") or "model"
     fallbacks = {
         "learning_rate": 1e-5 if full else 1e-4,
         "gradient_accumulation_steps": math.ceil(16 / (values["per_device_train_batch_size"] * data)),
+        "pipeline_schedule": "interleaved" if values["virtual_pipeline_model_parallel_size"] > 1 else "1f1b",
         "eval_strategy": values["save_strategy"],
         "eval_steps": values["save_steps"],
         "data_seed": values["seed"],

@@ -156,6 +156,11 @@ class ParallelArgs:
     deepspeed: str | None
     fsdp: str | None
     tensor_model_parallel_size: int
+    pipeline_model_parallel_size: int
+    virtual_pipeline_model_parallel_size: int
+    decoder_first_pipeline_num_layers: int | None
+    decoder_last_pipeline_num_layers: int | None
+    pipeline_schedule: str
     context_parallel_size: int
     cp_comm_type: str
     data_parallel_replicate_size: int
@@ -170,7 +175,7 @@ class ParallelArgs:
     @property
     def model_parallel_size(self) -> int:
         """Ranks that work on the same batch."""
-        return self.tensor_model_parallel_size * self.context_parallel_size
+        return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
 
     @property
     def zero_stage(self) -> int | None:

@@ -50,7 +50,13 @@ class Head:
 
 
 class Objective(Protocol):
-    """What is optimised: a pure function of hidden states ``[T, H]``, the head and the batch."""
+    """What is optimised: a pure function of hidden states ``[T, H]``, the head and the batch.
+
+    ``metrics`` are the names of the metrics it returns.
+    """
+
+    @property
+    def metrics(self) -> tuple[str, ...]: ...
 
     def __call__(self, hidden: Tensor, head: Head, batch: Batch) -> LossSum: ...
 

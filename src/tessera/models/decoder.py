@@ -209,22 +209,26 @@ class Decoder(nn.Module):
             x = self.seams.scatter(F.embedding(local * mine, table) * mine[:, None])
         return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
-    def forward(
+    def blocks(
         self,
         x: Tensor,
         positions: Tensor,
         layout: Layout | None,
         deepstack: Sequence[Tensor] = (),
         dest: Tensor | None = None,
+        *,
         cache: KVCache | None = None,
         shard: Shard | None = None,
+        keys: Sequence[str] | None = None,
     ) -> Tensor:
-        """``x [T, H]`` to normed hidden states ``[T, H]``; ``deepstack[i]`` is added to rows ``dest`` after layer i."""
+        """``x [T, H]`` through layers ``keys`` (None: all); ``deepstack[i]`` is added to rows ``dest`` after layer i.
+
+        The final norm is the caller's: not every part of a pipeline has it.
+        """
         context = Context(self.rope.angles(positions, x.dtype), layout, self.seams, shard, cache)
-        for index, layer in enumerate(self.layers.values()):
-            x = layer(x, context)
-            if index < len(deepstack):
+        for key in self.layers if keys is None else keys:
+            x = self.layers[key](x, context)
+            if int(key) < len(deepstack):
                 assert dest is not None
-                x = x.index_add(0, dest, deepstack[index].to(x.dtype))
-        out: Tensor = self.norm(x)
-        return out
+                x = x.index_add(0, dest, deepstack[int(key)].to(x.dtype))
+        return x

@@ -16,15 +16,18 @@ row on entry and restores the order on exit, and nobody outside can tell.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
-from tessera.contract.batch import Batch
+from tessera.contract.batch import Batch, Media
 from tessera.contract.model import Head, LossSum, Objective
 from tessera.contract.plan import Plan, matches
 from tessera.models.attention import permuted, plan
 from tessera.models.decoder import Decoder, DecoderConfig, KVCache
 from tessera.models.layers import Recomputable
-from tessera.models.tower import Tower
+from tessera.models.tower import Features, Tower
 
 
 class Trunk(nn.Module):
@@ -52,7 +55,8 @@ class VLM(nn.Module):
 
     @property
     def visual(self) -> Tower | None:
-        return self.model.visual if isinstance(self.model, Trunk) else None
+        trunk = self.model if isinstance(self.model, Trunk) else None
+        return trunk.visual if trunk is not None and "visual" in trunk._modules else None
 
     @property
     def head_weight(self) -> Tensor:
@@ -61,9 +65,11 @@ class VLM(nn.Module):
 
     def forward(self, batch: Batch, objective: Objective | None = None) -> Tensor | LossSum:
         """``objective``'s sums over ``batch``; without one the hidden states ``[T, H]`` after the final norm."""
-        hidden = self._hidden(batch)
-        if objective is None:
-            return hidden
+        hidden = self.run(batch)
+        return hidden if objective is None else self.loss(hidden, objective, batch)
+
+    def loss(self, hidden: Tensor, objective: Objective, batch: Batch) -> LossSum:
+        """``objective``'s sums over this rank's hidden states ``[T, H]`` of ``batch``."""
         seams = self.decoder.seams
         head = Head(seams.vocabulary.part(self.head_weight), seams.vocabulary)
         return objective(seams.gather(hidden), head, batch)
@@ -71,13 +77,13 @@ class VLM(nn.Module):
     def prefill(self, batch: Batch, cache: KVCache) -> Tensor:
         """Fill row ``s`` of ``cache`` with segment ``s``; hidden states ``[S, H]`` of each segment's last token."""
         ends = batch.segments.cu_seqlens[1:].long() - 1
-        return self._hidden(batch, cache).index_select(0, ends)
+        return self.run(batch, cache=cache).index_select(0, ends)
 
     def step(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """One token ``[B]`` more in every row of ``cache``, at ``positions`` ``[B]`` or ``[3, B]``, to ``[B, H]``."""
         cache.extend(tokens.device)
         decoder = self.decoder
-        out: Tensor = decoder(decoder.embed(tokens), positions, None, cache=cache)
+        out: Tensor = decoder.norm(decoder.blocks(decoder.embed(tokens), positions, None, cache=cache))
         return out
 
     def set_recompute(self, plan: Plan, *, decoder: bool, tower: bool) -> None:
@@ -88,9 +94,26 @@ class VLM(nn.Module):
                     assert isinstance(module, Recomputable), f"{name} cannot be recomputed"
                     module.recompute = on
 
-    def _hidden(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
-        decoder, media, visual = self.decoder, batch.media, self.visual
-        x = decoder.embed(batch.tokens)
+    def drop_tower(self) -> None:
+        """Forget the tower (this process never encodes images)."""
+        if isinstance(self.model, Trunk):
+            del self.model.visual
+
+    def run(
+        self,
+        batch: Batch,
+        carried: Tensor | None = None,
+        keys: Sequence[str] | None = None,
+        *,
+        last: bool = True,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states ``[T, H]`` of ``batch``, normed if ``last``.
+
+        A pipeline stage runs the layers ``keys`` on the rows ``carried`` from the one before it (None: from the start).
+        """
+        decoder = self.decoder
+        x = decoder.embed(batch.tokens) if carried is None else carried
         shard = batch.shard
         if shard is None:
             layout = plan(batch.segments, causal=True, dtype=x.dtype)
@@ -103,13 +126,17 @@ class VLM(nn.Module):
             cache.fill(batch.segments, layout.order)
         dest: Tensor | None = None
         deepstack: tuple[Tensor, ...] = ()
-        if media is not None and visual is not None:
-            dest = media.dest if layout.inverse is None else layout.inverse.index_select(0, media.dest)
-            features = visual(media, x.dtype)
-            if media.route is None:
-                features = features.landing(dest.shape[0])
-            else:
-                features = features.moved(decoder.seams, media.route)
+        if carried is None and batch.media is not None and self.visual is not None:
+            dest = batch.media.dest if layout.inverse is None else layout.inverse.index_select(0, batch.media.dest)
+            features = self._features(batch.media, x.dtype)
             x, deepstack = x.index_copy(0, dest, features.final), features.deepstack
-        hidden: Tensor = decoder(x, positions, layout, deepstack, dest, cache, shard)
-        return permuted(hidden, layout.inverse, layout.order)
+        hidden = decoder.blocks(x, positions, layout, deepstack, dest, cache=cache, shard=shard, keys=keys)
+        return permuted(decoder.norm(hidden) if last else hidden, layout.inverse, layout.order)
+
+    def _features(self, media: Media, dtype: torch.dtype) -> Features:
+        """Those rows of the tower's output that land on this rank."""
+        assert self.visual is not None
+        features: Features = self.visual(media, dtype)
+        if media.route is None:
+            return features.landing(media.dest.shape[0])
+        return features.moved(self.decoder.seams, media.route)

@@ -19,6 +19,7 @@ from above), and the backward pass only scales it. Products run in the model's d
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tessera.contract.batch import Batch
-from tessera.contract.model import Head, LossSum, Objective
+from tessera.contract.model import Head, LossSum
 from tessera.contract.seams import Vocabulary
 
 DEFAULT_CHUNK = 1024
@@ -45,6 +46,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weights_L: Tensor,
         vocabulary: Vocabulary,
         chunk: int,
+        repeatable: bool,
     ) -> tuple[Tensor, Tensor]:
         wants_rows, wants_head = ctx.needs_input_grad[:2]
         head = head_VH.detach().to(rows_LH.dtype)
@@ -69,6 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if d_head is not None:
                 d_head += d_logits.T @ rows
         ctx.save_for_backward(d_rows, d_head)
+        ctx.repeatable = repeatable
         ctx.head_dtype = head_VH.dtype
         ctx.mark_non_differentiable(correct)
         return total, correct
@@ -77,9 +80,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor, d_correct: Tensor) -> tuple[Tensor | None, ...]:
         d_rows, d_head = ctx.saved_tensors
-        rows = None if d_rows is None else d_rows.mul_(d_total)
-        head = None if d_head is None else d_head.mul_(d_total).to(ctx.head_dtype)
-        return rows, head, None, None, None, None
+        scaled = torch.mul if ctx.repeatable else Tensor.mul_
+        rows = None if d_rows is None else scaled(d_rows, d_total)
+        head = None if d_head is None else scaled(d_head, d_total).to(ctx.head_dtype)
+        return rows, head, None, None, None, None, None
 
 
 def _losses(logits: Tensor, targets: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -111,32 +115,46 @@ def cross_entropy_sum(
     *,
     vocabulary: Vocabulary = WHOLE,
     chunk: int = DEFAULT_CHUNK,
+    repeatable: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Weighted cross entropy of ``rows [L, H]`` through ``head [V, H]``, summed (float32), and the argmax hits.
 
     ``targets [L] int64``; ``weights [L] float32``. Never holds more than ``chunk x V`` logits. If the head is one part
-    of a ``vocabulary``, the sums are those of the whole and the gradient of ``rows`` is this part's summand.
+    of a ``vocabulary``, the sums are those of the whole and the gradient of ``rows`` is this part's summand. Only a
+    ``repeatable`` one survives two backward passes (of a schedule that takes inputs and weights apart).
     """
     with torch.autocast(rows.device.type, enabled=False):
-        total, correct = _ChunkedCrossEntropy.apply(rows, head, targets, weights, vocabulary, chunk)
+        total, correct = _ChunkedCrossEntropy.apply(rows, head, targets, weights, vocabulary, chunk, repeatable)
     return total, correct
 
 
-def next_token(chunk: int = DEFAULT_CHUNK) -> Objective:
+@dataclass(frozen=True, slots=True)
+class NextToken:
     """The language-model objective: sum of ``loss_weight * -log p(target)`` over the supervised tokens.
 
-    Metrics: ``correct`` (argmax hits) and ``count`` (supervised tokens), whose ratio is the token accuracy.
+    Metrics: ``correct`` (argmax hits) and ``count`` (supervised tokens), whose ratio is the token accuracy. ``chunk``
+    is how many rows of logits exist at a time; ``repeatable`` as in :func:`cross_entropy_sum`.
     """
 
-    def objective(hidden: Tensor, head: Head, batch: Batch) -> LossSum:
+    chunk: int = DEFAULT_CHUNK
+    repeatable: bool = False
+    metrics: tuple[str, ...] = ("correct", "count")
+
+    def __call__(self, hidden: Tensor, head: Head, batch: Batch) -> LossSum:
         rows = hidden.index_select(0, batch.supervised)
         targets = batch.targets.index_select(0, batch.supervised)
         weights = batch.loss_weight.index_select(0, batch.supervised)
-        total, correct = cross_entropy_sum(rows, head.weight, targets, weights, vocabulary=head.vocabulary, chunk=chunk)
+        total, correct = cross_entropy_sum(
+            rows,
+            head.weight,
+            targets,
+            weights,
+            vocabulary=head.vocabulary,
+            chunk=self.chunk,
+            repeatable=self.repeatable,
+        )
         if batch.supervised.numel() == 0:
             # A microbatch without targets must still reach every parameter, so that ranks stay in step.
             total = total + 0.0 * (hidden.float().sum() + head.weight.float().sum())
         count = torch.full_like(correct, float(batch.supervised.numel()))
         return LossSum(total, batch.weight, {"correct": correct, "count": count})
-
-    return objective

@@ -53,8 +53,19 @@ def check(config: Any, mesh: Mesh, spread: Spread) -> None:
         )
 
 
-def apply(model: nn.Module, plan: Plan, mesh: Mesh, spread: Spread, *, compute_dtype: torch.dtype) -> None:
-    """Spread ``model`` (plain or on the meta device) over the mesh in place; the identity on a single process."""
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    mesh: Mesh,
+    spread: Spread,
+    *,
+    compute_dtype: torch.dtype,
+    stages: Sequence[nn.Module] = (),
+) -> None:
+    """Spread ``model`` (plain or on the meta device) over the mesh in place; the identity on a single process.
+
+    With pipeline ``stages`` the model is what this rank has kept of it.
+    """
     if mesh.grid is None:
         return
     from tessera.parallel import tensor
@@ -74,7 +85,7 @@ def apply(model: nn.Module, plan: Plan, mesh: Mesh, spread: Spread, *, compute_d
         tensor.split(model, plan, mesh)
     elif balances(plan, mesh, spread):
         decoder.seams = RankSeams(mesh, 0, "stage")
-    fsdp.shard(model, plan, mesh, compute_dtype=compute_dtype)
+    fsdp.shard(model, plan, mesh, compute_dtype=compute_dtype, roots=stages)
 
 
 def balances(plan: Plan, mesh: Mesh, spread: Spread) -> bool:
@@ -105,22 +116,27 @@ class Sharder:
     @classmethod
     def of(cls, model: nn.Module, plan: Plan, mesh: Mesh, spread: Spread, geometry: Geometry) -> Sharder:
         """The sharder of a model whose images are described by ``geometry``."""
-        if not balances(plan, mesh, spread):
+        if not balances(plan, mesh, spread) or mesh.at("pp") > 0:
             return cls(mesh, spread)
         tower: Any = model.get_submodule(plan.groups.vit[0])
         return cls(mesh, spread, Balancer(mesh, geometry, tower.cost, exchange_axis(mesh, spread) == "stage"))
 
     def __call__(self, batches: Sequence[Batch]) -> list[Batch]:
         layout = self.mesh.layout
-        if layout.cp * layout.tp == 1 and self.balancer is None:
+        whole = layout.cp * layout.tp * layout.pp == 1
+        if whole and self.balancer is None:
             return list(batches)
         divisions = [divide(batch.segments.lengths, layout.cp, layout.tp) for batch in batches]
-        routed: list[Any] = [batch.media for batch in batches]
+        if layout.pp > 1:  # one size for all microbatches of a step
+            least = max(division.rows for division in divisions)
+            divisions = [divide(batch.segments.lengths, layout.cp, layout.tp, least) for batch in batches]
+        first = self.mesh.at("pp") == 0
+        routed: list[Any] = [batch.media if first else None for batch in batches]
         if self.balancer is not None:
             found = self.balancer.route(batches, divisions)
             routed = [media for media, _ in found]
             self.imbalance = max(uneven for _, uneven in found)
-        if layout.cp * layout.tp == 1:
+        if whole:
             return [replace(batch, media=media) for batch, media in zip(batches, routed, strict=True)]
         return [
             replace(shard(batch, division, self.mesh.at("cp"), comm=self.spread.cp_comm), media=media)

@@ -19,7 +19,7 @@ size would make FSDP use a pre-multiplied sum, which gloo does not have.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -31,10 +31,13 @@ from tessera.parallel.mesh import Mesh
 DEFAULT_STAGE = 2
 
 
-def shard(model: nn.Module, plan: Plan, mesh: Mesh, *, compute_dtype: torch.dtype) -> None:
+def shard(
+    model: nn.Module, plan: Plan, mesh: Mesh, *, compute_dtype: torch.dtype, roots: Sequence[nn.Module] = ()
+) -> None:
     """Shard ``model`` in place over the mesh's data axes; the identity on a single process.
 
-    With a 16-bit ``compute_dtype`` parameters are gathered in it and gradients reduced in float32.
+    ``roots`` are the modules whose forward is called, if not the model's: the stages of a pipeline. With a 16-bit
+    ``compute_dtype`` parameters are gathered in it and gradients reduced in float32.
     """
     if mesh.grid is None:
         return
@@ -42,7 +45,8 @@ def shard(model: nn.Module, plan: Plan, mesh: Mesh, *, compute_dtype: torch.dtyp
 
     param_dtype = None if compute_dtype == torch.float32 else compute_dtype
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    reshard = mesh.layout.zero == 3
+    # A pipeline's split backward reads parameters between the passes: they have to stay.
+    reshard = mesh.layout.zero == 3 and mesh.layout.pp == 1
     decoder, tower = mesh.sharded("fsdp"), mesh.sharded("stage")
     vision = (*plan.groups.vit, *plan.groups.aligner)
     units = {name: module for name, module in model.named_modules() if any(matches(p, name) for p in plan.fsdp_units)}
@@ -53,11 +57,12 @@ def shard(model: nn.Module, plan: Plan, mesh: Mesh, *, compute_dtype: torch.dtyp
         fully_shard(
             unit, mesh=tower if within(vision, name) else decoder, reshard_after_forward=reshard, mp_policy=policy
         )
-    fully_shard(model, mesh=decoder, reshard_after_forward=False, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    for root in roots or (model,):
+        fully_shard(root, mesh=decoder, reshard_after_forward=False, mp_policy=policy)
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -6,7 +6,8 @@ bytes of every file. An adapter is put beside the weights it adapts, then both a
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -16,10 +17,14 @@ from tessera.checkpoint import open as door
 from tessera.config.errors import UserError
 from tessera.config.run import Run
 from tessera.contract.layout import ParallelLayout, layout_of
+from tessera.models.stage import Stage, keep
 from tessera.models.vlm import VLM
 from tessera.parallel import apply, fsdp
 from tessera.parallel.apply import Spread
 from tessera.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from tessera.parallel.pipeline import Pipeline
 
 
 def layout_of_run(run: Run, world: int) -> ParallelLayout:
@@ -27,6 +32,7 @@ def layout_of_run(run: Run, world: int) -> ParallelLayout:
     parallel = run.parallel
     return layout_of(
         world,
+        pp=parallel.pipeline_model_parallel_size,
         cp=parallel.context_parallel_size,
         tp=parallel.tensor_model_parallel_size,
         replicate=parallel.data_parallel_replicate_size,
@@ -37,6 +43,48 @@ def layout_of_run(run: Run, world: int) -> ParallelLayout:
 def spread_of_run(run: Run) -> Spread:
     """How the model's work is spread beyond the layout's sizes."""
     return Spread(cp_comm=run.parallel.cp_comm_type, vision_balance=run.parallel.vision_balance)
+
+
+def stages_of(
+    model: VLM, mesh: Mesh, chunks: int = 1, first: int | None = None, last: int | None = None
+) -> list[Stage]:
+    """This rank's stages of ``model``, ``chunks`` of them; the model keeps nothing else. Empty without a pipeline.
+
+    UserError if the layers cannot be cut so, or deepstack features would have to travel.
+    """
+    pp = mesh.layout.pp
+    if pp == 1:
+        return []
+    from tessera.parallel.pipeline import cuts
+
+    parts = cuts(model.decoder.config.layers, pp * chunks, first=first, last=last)
+    tower = model.visual
+    levels = 0 if tower is None else len(tower.config.deepstack)
+    if levels > len(parts[0]):
+        raise UserError(
+            f"--pipeline_model_parallel_size {pp}: the tower's {levels} deepstack levels enter the first {levels} "
+            f"layers, which must all be on the first stage (it has {len(parts[0])}); "
+            f"add --decoder_first_pipeline_num_layers {levels}, or use fewer stages",
+            exit_code=2,
+        )
+    mine = range(mesh.at("pp"), pp * chunks, pp)
+    ends = 0 in mine, pp * chunks - 1 in mine
+    keep(model, [parts[index] for index in mine], first=ends[0], last=ends[1])
+    return [Stage(model, parts[index], first=index == 0, last=index == pp * chunks - 1) for index in mine]
+
+
+def pipeline_of(model: VLM, stages: Sequence[Stage], mesh: Mesh, kind: str) -> Pipeline | None:
+    """What runs ``stages``, after the model was spread; None without a pipeline."""
+    if not stages:
+        return None
+    from tessera.parallel.pipeline import Pipeline
+
+    pp, chunks = mesh.layout.pp, len(stages)
+    indices = range(mesh.at("pp"), pp * chunks, pp)
+    decoder = model.decoder
+    ends = mesh.at("pp") in (0, pp - 1)
+    tied = cast(nn.Parameter, decoder.embed_tokens.weight) if decoder.config.tied and ends else None
+    return Pipeline(mesh, stages, indices, pp * chunks, decoder.config.hidden, kind, tied)
 
 
 def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) -> tuple[nn.Module, adapt.Adaptation]:

@@ -41,7 +41,7 @@ from tessera.contract.model import dtype_of
 from tessera.data.corpus import Corpus, prepare
 from tessera.data.loader import Loader, eval_loader
 from tessera.data.render import Renderer
-from tessera.objectives.lm import next_token
+from tessera.objectives.lm import NextToken
 from tessera.observe.metrics import RunLog
 from tessera.observe.plots import draw
 from tessera.observe.screen import summary_screen
@@ -259,7 +259,7 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     return Trainer(
         engine=Engine(
             model,
-            next_token(run.train.loss_chunk_size),
+            NextToken(run.train.loss_chunk_size),
             mesh,
             dtype,
             sync_every_microbatch=mesh.layout.zero >= 2,

@@ -13,8 +13,9 @@ all see the same sums) and reported with the ids of its samples; parameters and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,6 +25,9 @@ from tessera.contract.model import LossSum, Objective
 from tessera.parallel import fsdp
 from tessera.parallel.mesh import Mesh
 from tessera.train.optim import Optimizers
+
+if TYPE_CHECKING:
+    from tessera.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class Engine:
     compute_dtype: torch.dtype
     sync_every_microbatch: bool = True
     sharder: Callable[[Sequence[Batch]], Sequence[Batch]] = list
+    pipeline: Pipeline | None = None
 
     def forward(self, batch: Batch) -> LossSum:
         """The objective on one microbatch, under autocast if the compute dtype is a 16-bit one."""
@@ -63,6 +68,9 @@ class Engine:
 
     def accumulate(self, batches: Sequence[Batch], weight: float) -> LossSum:
         """Forward and backward over all microbatches; gradients of ``sum / weight``. Returns this rank's sums."""
+        if self.pipeline is not None:
+            placed = [batch.to(self.mesh.device) for batch in batches]
+            return self.pipeline.run(placed, self.objective, weight, self.compute_dtype)
         total = torch.zeros((), dtype=torch.float32, device=self.mesh.device)
         metrics: dict[str, torch.Tensor] = {}
         for index, batch in enumerate(batches):
@@ -75,6 +83,14 @@ class Engine:
                 metrics[name] = metrics[name] + value if name in metrics else value
         return LossSum(total, weight, metrics)
 
+    def losses(self, batches: Sequence[Batch]) -> Iterable[LossSum]:
+        """The objective on every microbatch; nothing on the earlier stages of a pipeline."""
+        if self.pipeline is None:
+            return map(self.forward, batches)
+        return self.pipeline.evaluate(
+            [batch.to(self.mesh.device) for batch in batches], self.objective, self.compute_dtype
+        )
+
 
 def train_step(engine: Engine, optimizers: Optimizers, batches: Sequence[Batch], *, max_grad_norm: float) -> StepResult:
     """One update from this rank's ``batches``; ``max_grad_norm`` 0 turns clipping off."""
@@ -85,10 +101,11 @@ def train_step(engine: Engine, optimizers: Optimizers, batches: Sequence[Batch],
     if weight == 0.0:
         return StepResult(0.0, 0.0, 0.0, int(tokens), {"correct": 0.0, "count": 0.0}, "no supervised token")
     sums = engine.accumulate(batches, weight)
-    names = sorted(sums.metrics)
-    mine = [float(sums.total), *(float(sums.metrics[name]) for name in names)]
+    names = sorted(engine.objective.metrics)
+    mine = [float(sums.total), *(float(sums.metrics[name]) if name in sums.metrics else 0.0 for name in names)]
     total, *values = mesh.sum(mine if mesh.counts_tokens else [0.0] * len(mine))
-    norm = fsdp.norm((p.grad for p in optimizers.parameters if p.grad is not None), mesh)
+    twin = None if engine.pipeline is None else engine.pipeline.twin
+    norm = fsdp.norm((p.grad for p in optimizers.parameters if p.grad is not None and p is not twin), mesh)
     skipped = None
     if not math.isfinite(total):
         skipped = "loss is not finite"
@@ -106,10 +123,9 @@ def train_step(engine: Engine, optimizers: Optimizers, batches: Sequence[Batch],
 def evaluate_loss(engine: Engine, batches: Sequence[Batch]) -> dict[str, float]:
     """This rank's summed loss, weight and metrics over ``batches``, without gradients (not yet reduced)."""
     sums: dict[str, float] = {"total": 0.0, "weight": 0.0}
-    for batch in engine.sharder(batches):
-        loss = engine.forward(batch)
+    for loss in engine.losses(engine.sharder(batches)):
         sums["total"] += float(loss.total)
-        sums["weight"] += batch.weight
+        sums["weight"] += loss.weight
         for name, value in loss.metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     return sums if engine.mesh.counts_tokens else dict.fromkeys(sums, 0.0)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tessera.contract.batch import Batch, Segments
 from tessera.contract.model import Head
-from tessera.objectives.lm import cross_entropy_sum, next_token
+from tessera.objectives.lm import NextToken, cross_entropy_sum
 
 
 def textbook(rows, head, targets, weights):
@@ -86,7 +86,7 @@ def test_objective_returns_sums_and_counts_only_supervised_tokens() -> None:
     weight = torch.tensor([0.0, 1.0, 0.5, 0.0])
     hidden = torch.randn(4, 8, requires_grad=True)
     head = torch.randn(4, 8)
-    loss = next_token()(hidden, Head(head), batch_of(weight))
+    loss = NextToken()(hidden, Head(head), batch_of(weight))
     assert loss.weight == 1.5 and float(loss.metrics["count"]) == 2
     torch.testing.assert_close(loss.total, textbook(hidden, head, torch.tensor([1, 2, 3, 0]), weight))
 
@@ -94,7 +94,7 @@ def test_objective_returns_sums_and_counts_only_supervised_tokens() -> None:
 def test_a_batch_without_targets_still_reaches_every_parameter() -> None:
     hidden = torch.randn(3, 8, requires_grad=True)
     head = torch.randn(4, 8, requires_grad=True)
-    loss = next_token()(hidden, Head(head), batch_of(torch.zeros(3)))
+    loss = NextToken()(hidden, Head(head), batch_of(torch.zeros(3)))
     loss.total.backward()
     assert float(loss.total) == 0.0
     assert torch.equal(hidden.grad, torch.zeros(3, 8)) and torch.equal(head.grad, torch.zeros(4, 8))

@@ -46,7 +46,7 @@ config, lengths, chunk, recompute = json.loads(sys.argv[1])
 import torch
 from tessera.contract.batch import Batch, Segments
 from tessera.models.families import family_of
-from tessera.objectives.lm import next_token
+from tessera.objectives.lm import NextToken
 
 def kib(field):
     with open("/proc/self/status") as status:
@@ -65,7 +65,7 @@ def train(config, lengths):
                   tuple(range(len(lengths))))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for _ in range(2):
-        (model(batch, next_token(chunk)).total / total).backward()
+        (model(batch, NextToken(chunk)).total / total).backward()
         optimizer.step()
         optimizer.zero_grad()
     return sum(p.numel() for p in model.parameters())
