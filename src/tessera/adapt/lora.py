@@ -221,22 +221,12 @@ def _file_name(name: str) -> str:
 
 
 def save_adapter(
-    model: nn.Module,
-    adaptation: Adaptation,
-    directory: Path | str,
-    *,
-    base_model: str | None,
-    full: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    write: bool = True,
+    tensors: dict[str, Tensor], adaptation: Adaptation, directory: Path | str, *, base_model: str | None
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into ``directory``.
 
-    ``full`` turns a sharded parameter into the whole tensor; it may be a collective, so every rank must call this,
-    with ``write`` true on one of them. ``base_model`` is what ``base_model_name_or_path`` will say.
+    ``tensors`` are those of :func:`adapter_tensors`, ``base_model`` what ``base_model_name_or_path`` will say.
     """
-    tensors = adapter_tensors(model, adaptation, full)
-    if not write:
-        return
     from safetensors.torch import save_file
 
     config = copy.copy(adaptation.config)

@@ -25,7 +25,7 @@ from tessera.contract.model import Family, Geometry, dtype_of
 from tessera.contract.plan import Plan
 from tessera.contract.weightmap import WeightMap
 from tessera.models.families import family_of
-from tessera.weights.hf import Checkpoint
+from tessera.weights.hf import Checkpoint, shapes_of
 from tessera.weights.hf import load as load_weights
 
 
@@ -151,6 +151,7 @@ def load(
     """
     with torch.device("meta"):
         module = source.family.build(source.config)
+    shapes = shapes_of(module)
     prepare(module)
-    load_weights(module, source.checkpoint, source.weightmap, dtype=dtype, device=device)
+    load_weights(module, source.checkpoint, source.weightmap, dtype=dtype, device=device, shapes=shapes)
     return module

@@ -96,7 +96,8 @@ def load_tensors(checkpoint: Path, model: nn.Module, optimizer_state: dict[str, 
     wanted = _tensors(model, optimizer_state)
     reader = dcp.FileSystemReader(directory)
     stored = set(reader.read_metadata().state_dict_metadata)
-    asked = {f"{part}.{name}" for part, tensors in wanted.items() for name in tensors}
+    mine = {f"{part}.{name}" for part, tensors in wanted.items() for name in tensors}
+    asked = set().union(*mesh.gather(mine))
     if stored != asked:
         odd = sorted(stored ^ asked)
         raise UserError(

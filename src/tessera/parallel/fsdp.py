@@ -96,9 +96,11 @@ def local(tensor: Tensor, mesh: Mesh) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_gradients(parameters: Iterable[nn.Parameter], mesh: Mesh) -> list[Tensor]:
-    """This rank's piece of every gradient that exists."""
-    return [local(p.grad, mesh) for p in parameters if p.grad is not None]
+def scale(parameters: Iterable[nn.Parameter], mesh: Mesh, factor: float) -> None:
+    """Multiply every gradient that exists, in place."""
+    pieces = [local(p.grad, mesh) for p in parameters if p.grad is not None]
+    if pieces:  # a pipeline stage may have nothing to train
+        torch._foreach_mul_(pieces, factor)
 
 
 def norm(gradients: Iterable[Tensor], mesh: Mesh) -> float:

@@ -14,6 +14,7 @@ Nothing else in tessera reads ``RANK``, ``WORLD_SIZE`` or ``LOCAL_RANK``.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,11 @@ class Place:
         return self.at("replicate") * self.layout.shard + self.at("shard")
 
     @property
+    def is_stage_main(self) -> bool:
+        """Whether this rank writes for its pipeline stage: the first of it."""
+        return self.rank % (self.layout.world // self.layout.pp) == 0
+
+    @property
     def is_last_stage(self) -> bool:
         return self.at("pp") == self.layout.pp - 1
 
@@ -119,6 +125,8 @@ class Mesh(Place):
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
 
+        # Tensors that are split twice along one dimension are gathered in two steps, only when they are saved.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         rank = int(os.environ["RANK"])
         device = pick_device(int(os.environ["LOCAL_RANK"]))
         if device.type == "cuda":

@@ -111,11 +111,13 @@ class Pipeline:
     def evaluate(self, batches: Sequence[Batch], objective: Objective, dtype: torch.dtype) -> list[LossSum]:
         """Forward of all microbatches; their sums on the last stage, nothing on the others."""
         self._give(batches, objective, 1.0, dtype)
-        schedule = self._schedule(len(batches), batches[0].num_tokens, dtype, backward=False)
-        index = torch.arange(len(batches))
+        # The schedules want a microbatch per stage and, interleaved, multiples of that: the last one fills up.
+        count = -(-len(batches) // self.count) * self.count
+        schedule = self._schedule(count, batches[0].num_tokens, dtype, backward=False)
+        index = torch.arange(count).clamp(max=len(batches) - 1)
         with _quiet():
-            schedule.eval(*self._start(index), index=index, target=index)
-        return [loss for stage in self.stages for loss in cast(StageModule, stage).sums]
+            schedule.eval(*self._start(index), index=index, target=index, return_outputs=False)
+        return [loss for stage in self.stages for loss in cast(StageModule, stage).sums[: len(batches)]]
 
     def _give(self, batches: Sequence[Batch], objective: Objective, weight: float, dtype: torch.dtype) -> None:
         assert len({batch.num_tokens for batch in batches}) == 1, "microbatches of a step are filled up to one size"
@@ -145,6 +147,11 @@ class Pipeline:
 
     def _made(self, count: int, rows: int, dtype: torch.dtype) -> Any:
         pp = self.mesh.layout.pp
+        if count < self.count:
+            raise UserError(
+                f"--gradient_accumulation_steps: a pipeline of {self.count} stages needs as many microbatches in a step "
+                f"to be filled, and there are {count}"
+            )
         if count % pp and self.kind != "1f1b":
             raise UserError(
                 f"--pipeline_schedule {self.kind} needs a multiple of {pp} microbatches in a step, not {count}; "

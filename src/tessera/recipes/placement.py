@@ -7,6 +7,7 @@ bytes of every file. An adapter is put beside the weights it adapts, then both a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -87,35 +88,66 @@ def pipeline_of(model: VLM, stages: Sequence[Stage], mesh: Mesh, kind: str) -> P
     return Pipeline(mesh, stages, indices, pp * chunks, decoder.config.hidden, kind, tied)
 
 
-def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) -> tuple[nn.Module, adapt.Adaptation]:
-    """The model with its weights, adapted, with recomputation set, and sharded over the mesh.
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A model (or what this rank holds of it) ready to train; ``pipeline`` runs it if it is cut into stages."""
+
+    model: nn.Module
+    adaptation: adapt.Adaptation
+    pipeline: Pipeline | None
+
+
+def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) -> Placed:
+    """The model with its weights, adapted, with recomputation set, and spread over the mesh.
 
     What is trained is kept in float32 and what is frozen in ``dtype``; matrix products run in ``dtype`` either way.
-    In full training the empty model is sharded first, so that each rank reads only its own bytes of every file.
+    In full training the empty model is spread first, so that each rank reads only its own bytes of every file.
     """
-    spread = spread_of_run(run)
     quantisation = adapt.quant.requested(run.model, run.adapt)
+    full = run.adapt.train_type == "full"
     trained: set[str] = set()
+    stages: list[Stage] = []
+    adaptations: list[adapt.Adaptation] = []
+
+    def spread(module: nn.Module) -> None:
+        stages.extend(_stages(run, module, mesh))
+        apply.apply(module, source.plan, mesh, spread_of_run(run), compute_dtype=dtype, stages=stages)
 
     def decide(module: nn.Module) -> None:
-        if run.adapt.train_type == "full":
-            adapt.trainable.freeze(module, run.adapt, source.plan.groups)
-            trained.update(name for name, p in module.named_parameters() if p.requires_grad)
-            apply.apply(module, source.plan, mesh, spread, compute_dtype=dtype)
+        if full:
+            adaptations.append(adapt.apply(module, run.adapt, source.plan, seed=run.train.seed))
+            trained.update(adaptations[0].trainable)
+            spread(module)
 
     def dtype_for(name: str) -> torch.dtype:
         return torch.float32 if name in trained else dtype
 
     model = door.load(source, dtype=dtype_for, device=mesh.device, prepare=decide)
     if run.model.adapters:
-        adaptation = continued(run, source, model, quantisation)
-    else:
-        adaptation = adapt.apply(model, run.adapt, source.plan, seed=run.train.seed, quantisation=quantisation)
-    if run.adapt.train_type != "full":
-        apply.apply(model, source.plan, mesh, spread, compute_dtype=dtype)
+        adaptations.append(continued(run, source, model, quantisation))
+    elif not full:
+        adaptations.append(adapt.apply(model, run.adapt, source.plan, seed=run.train.seed, quantisation=quantisation))
+    if not full:
+        spread(model)
     recompute = run.train.gradient_checkpointing, run.train.vit_gradient_checkpointing
     cast(VLM, model).set_recompute(source.plan, decoder=recompute[0], tower=recompute[1])
-    return model, adaptation
+    pipeline = pipeline_of(cast(VLM, model), stages, mesh, run.parallel.pipeline_schedule) if stages else None
+    return Placed(model, adaptations[0], pipeline)
+
+
+def _stages(run: Run, module: nn.Module, mesh: Mesh) -> list[Stage]:
+    parallel = run.parallel
+    if mesh.layout.pp == 1:
+        return []
+    if not isinstance(module, VLM):
+        raise UserError(
+            f"--pipeline_model_parallel_size {mesh.layout.pp} needs a model family of our own; models run whole take "
+            "data parallelism only (--deepspeed zero3)",
+            exit_code=2,
+        )
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    return stages_of(module, mesh, chunks, first, last)
 
 
 def continued(

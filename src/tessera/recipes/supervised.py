@@ -139,13 +139,22 @@ def checkpoint_writer(
 
     def write(directory: Path) -> None:
         if adaptation.mode == "lora":
-            gather = partial(fsdp.full, mesh=mesh)
-            base = str(source.path)
-            adapt.save_adapter(model, adaptation, directory, base_model=base, full=gather, write=mesh.is_main)
+            held = adapt.adapter_tensors(model, adaptation, partial(fsdp.full, mesh=mesh))
+            stages = mesh.gather(held, "pp") if mesh.layout.pp > 1 else [held]
+            if mesh.is_main:
+                every = {name: tensor for part in stages for name, tensor in part.items()}
+                adapt.save_adapter(every, adaptation, directory, base_model=str(source.path))
         else:
             dtype = dtype_of(run.model.torch_dtype) if run.model.torch_dtype else None
-            whole = model.state_dict()
-            hf.save(whole, directory, source.weightmap, source=source.checkpoint, dtype=dtype, write=mesh.is_main)
+            hf.save(
+                model.state_dict(),
+                directory,
+                source.weightmap,
+                source=source.checkpoint,
+                dtype=dtype,
+                write=mesh.is_stage_main,
+                together=mesh if mesh.layout.pp > 1 else None,
+            )
             if mesh.is_main:
                 limit_processor(directory, run, source.geometry)
         if mesh.is_main:
@@ -230,8 +239,9 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     place = place_of(run, mesh)
     with ThreadPoolExecutor(1, thread_name_prefix="tessera-plan") as pool:
         planning = pool.submit(plan_data, run, source, place.run_dir, mesh)
-        model, adaptation = placement.load_model(run, source, mesh, dtype)
+        placed = placement.load_model(run, source, mesh, dtype)
         train, val = planning.result()
+    model, adaptation = placed.model, placed.adaptation
     torch.manual_seed(run.train.seed + mesh.rank)  # dropout draws from this: other noise on every rank
     loader = train_loader(run, train, mesh)
     groups = adapt.param_groups(model, run.train, adaptation)
@@ -259,11 +269,12 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     return Trainer(
         engine=Engine(
             model,
-            NextToken(run.train.loss_chunk_size),
+            NextToken(run.train.loss_chunk_size, repeatable=run.parallel.pipeline_schedule == "zero_bubble"),
             mesh,
             dtype,
             sync_every_microbatch=mesh.layout.zero >= 2,
             sharder=Sharder.of(model, source.plan, mesh, placement.spread_of_run(run), source.geometry),
+            pipeline=placed.pipeline,
         ),
         optimizers=optimizers,
         loader=loader,

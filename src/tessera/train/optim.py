@@ -82,7 +82,7 @@ class Optimizers:
 
     def rates(self) -> dict[str, float]:
         """The current learning rate of each named group."""
-        return {group["name"]: group["lr"] for part in self.parts for group in part.param_groups}
+        return {group["name"]: group["lr"] for part in self.parts for group in part.param_groups} or {"": 0.0}
 
     def step(self) -> None:
         for part in self.parts:

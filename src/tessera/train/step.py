@@ -113,7 +113,7 @@ def train_step(engine: Engine, optimizers: Optimizers, batches: Sequence[Batch],
         skipped = "gradient is not finite"
     else:
         if 0.0 < max_grad_norm < norm:
-            torch._foreach_mul_(fsdp.local_gradients(optimizers.parameters, mesh), max_grad_norm / (norm + 1e-6))
+            fsdp.scale(optimizers.parameters, mesh, max_grad_norm / (norm + 1e-6))
         optimizers.step()
     optimizers.zero_grad()
     return StepResult(total / weight, norm, weight, int(tokens), dict(zip(names, values, strict=True)), skipped)

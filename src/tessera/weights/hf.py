@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,22 @@ class LoadReport:
     left_out: tuple[str, ...]
 
 
+class Together(Protocol):
+    """Ranks that hold different tensors of one model; collectives over all of them, in the same order everywhere."""
+
+    @property
+    def is_main(self) -> bool: ...
+
+    def gather(self, value: Any, axis: str | None = None) -> list[Any]: ...
+
+    def barrier(self) -> None: ...
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a checkpoint of ``module`` holds, by our names."""
+    return {name: tuple(tensor.shape) for name, (tensor, _) in _places(module).items()}
+
+
 def load(
     module: nn.Module,
     checkpoint: Checkpoint,
@@ -152,14 +168,16 @@ def load(
     *,
     dtype: torch.dtype | Callable[[str], torch.dtype],
     device: torch.device | str = "cpu",
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> LoadReport:
     """Fill ``module`` from ``checkpoint``. Meta tensors are created on ``device``, others overwritten in place.
 
     ``dtype`` (of floating tensors; per name if it is a function) applies to meta tensors. Sharded parameters get their
-    local slice only. Don't call ``to_empty`` before: it would wipe the buffers that no checkpoint stores.
+    local slice only. Don't call ``to_empty`` before: it would wipe the buffers that no checkpoint stores. If ``module``
+    is a part of a model, ``shapes`` are those of the whole, which is what the checkpoint must hold.
     """
     places = _places(module)
-    left_out = _account({name: tuple(tensor.shape) for name, (tensor, _) in places.items()}, checkpoint, weightmap)
+    left_out = _account(shapes or shapes_of(module), checkpoint, weightmap)
     parameters = 0
     for name, (tensor, owners) in places.items():
         disk = weightmap.to_disk(name)
@@ -217,34 +235,46 @@ def save(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     write: bool = True,
+    together: Together | None = None,
 ) -> None:
     """Write a model's ``tensors`` (by our names) as safetensors into the existing directory ``out_dir``.
 
     With ``source``: its names, shards, order and types, and a copy of the files beside the weights. ``dtype`` overrides
     the type of floating tensors (default: the source's, else the tensor's own). Sharded tensors are gathered one by
-    one: every rank calls this with the same tensors, one of them with ``write``.
+    one: every rank calls this with the same tensors, one of them with ``write``. Where groups of ranks hold different
+    tensors of one model, ``together`` spans them all, and one rank of each group writes into the same files.
     """
     ours = dict(tensors)
     origin = Checkpoint(source) if isinstance(source, Path) else source
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ours.items()}
+    if together is not None:
+        shapes = {name: shape for part in together.gather(shapes, "pp") for name, shape in part.items()}
+    creates = write and (together is None or together.is_main)
     if origin is None:
         entries = _sharded(weightmap.forward(shapes), dtype, _bytes(max_shard_size))
     else:
         entries = _like(origin, weightmap.forward(shapes), weightmap, dtype)
     disk_names: dict[str, list[str]] = {}
-    for disk, name in weightmap.forward({name: name for name in ours}).items():
+    for disk, name in weightmap.forward({name: name for name in shapes}).items():
         disk_names.setdefault(name, []).append(disk)
     with ExitStack() as stack:
-        writer = _Writer(out_dir, entries, origin.metadata if origin else {}, stack) if write else None
+        writer = None
+        metadata = origin.metadata if origin else {}
+        if creates:
+            writer = _Writer(out_dir, entries, metadata, stack)
+        if together is not None:
+            together.barrier()
+            if write and not creates:
+                writer = _Writer(out_dir, entries, metadata, stack, create=False)
         for name, tensor in ours.items():
             value = tensor.detach() if _plain(tensor) else gathered(tensor)
             if writer is not None:
                 for disk in disk_names[name]:
                     writer.put(disk, value)
-        if origin is not None and writer is not None:
+        if origin is not None and writer is not None and creates:
             for disk in entries.keys() - {disk for names in disk_names.values() for disk in names}:
                 writer.put(disk, origin.read(disk))
-    if write:
+    if creates:
         _write_index(out_dir, entries, origin)
         if origin is not None:
             copy_side_files(origin.path, out_dir, dtype)
@@ -394,10 +424,19 @@ def _sharded(shapes: Mapping[str, Shape], dtype: torch.dtype | None, limit: int)
 
 
 class _Writer:
-    """Safetensors files whose headers are written first; tensors then go to their places in any order."""
+    """Safetensors files whose headers are written first; tensors then go to their places in any order.
+
+    Other processes may open the files that one has created (``create`` false) and put tensors of their own.
+    """
 
     def __init__(
-        self, folder: Path, entries: Mapping[str, Entry], metadata: Mapping[str, dict[str, str]], stack: ExitStack
+        self,
+        folder: Path,
+        entries: Mapping[str, Entry],
+        metadata: Mapping[str, dict[str, str]],
+        stack: ExitStack,
+        *,
+        create: bool = True,
     ) -> None:
         names = {dtype: name for name, dtype in DTYPES.items()}
         self._entries = entries
@@ -411,10 +450,12 @@ class _Writer:
                 header[name] = {"dtype": names[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
             text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
             text += b" " * (-len(text) % 8)
-            descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            flags = os.O_WRONLY | (os.O_CREAT | os.O_TRUNC if create else 0)
+            descriptor = os.open(folder / file, flags, 0o644)
             stack.callback(os.close, descriptor)
             self._files[file] = (descriptor, 8 + len(text))
-            _write_all(descriptor, struct.pack("<Q", len(text)) + text, 0)
+            if create:
+                _write_all(descriptor, struct.pack("<Q", len(text)) + text, 0)
 
     def put(self, name: str, value: Tensor) -> None:
         """Write the tensor called ``name`` on disk, in the type its entry says."""

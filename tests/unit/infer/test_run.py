@@ -214,7 +214,7 @@ def test_load_data_args_of_an_adapter(dataset: Path, tmp_path: Path) -> None:
     source = door.describe(training.model)
     module = door.load(source, dtype=torch.float32, device=torch.device("cpu"))
     adaptation = adapt.apply(module, training.adapt, source.plan, seed=1)
-    adapt.save_adapter(module, adaptation, adapter, base_model=str(base))
+    adapt.save_adapter(adapt.adapter_tensors(module, adaptation), adaptation, adapter, base_model=str(base))
     (adapter / "args.json").write_text(json.dumps(training.to_json()))
     run = resolved("--adapters", str(adapter), "--load_data_args", "true", "--max_new_tokens", "3")
     out = main(run, sink=io.StringIO())

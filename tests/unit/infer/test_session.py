@@ -38,7 +38,7 @@ def adapter_of(base: Path, directory: Path, **flags: Any) -> Path:
         for name, parameter in module.named_parameters():
             if ".lora_B." in name:
                 parameter.fill_(0.02)
-    adapt.save_adapter(module, adaptation, directory, base_model=str(base))
+    adapt.save_adapter(adapt.adapter_tensors(module, adaptation), adaptation, directory, base_model=str(base))
     (directory / "args.json").write_text(json.dumps(run.to_json()))
     return directory
 
@@ -136,7 +136,7 @@ def test_quantised_base(base: Path, tmp_path: Path) -> None:
     module = door.load(source, dtype=torch.float32, device=torch.device("cpu"))
     quantisation = adapt.quant.requested(run.model, run.adapt)
     adaptation = adapt.apply(module, run.adapt, source.plan, seed=1, quantisation=quantisation)
-    adapt.save_adapter(module, adaptation, tmp_path / "a", base_model=str(base))
+    adapt.save_adapter(adapt.adapter_tensors(module, adaptation), adaptation, tmp_path / "a", base_model=str(base))
     (tmp_path / "a" / "args.json").write_text(json.dumps(run.to_json()))
     batch = ref.batch_of(ref.config_of("qwen3"), [[13], [5]])
     used = load(resolve(["infer", "--adapters", str(tmp_path / "a")], {}), source, torch.device("cpu"))

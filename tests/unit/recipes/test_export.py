@@ -57,7 +57,7 @@ def write_adapter(base: Path, directory: Path, **flags: Any) -> Path:
     with torch.no_grad():
         for parameter in (p for p in module.parameters() if p.requires_grad):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    adapt.save_adapter(module, adaptation, directory, base_model=str(base))
+    adapt.save_adapter(adapt.adapter_tensors(module, adaptation), adaptation, directory, base_model=str(base))
     (directory / "args.json").write_text(json.dumps(run.to_json()))
     return directory
 
