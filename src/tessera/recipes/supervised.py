@@ -48,6 +48,7 @@ from tessera.observe.plots import draw
 from tessera.observe.screen import summary_screen
 from tessera.parallel import fsdp
 from tessera.parallel.mesh import Mesh
+from tessera.parallel.watchdog import group_timeout, watching
 from tessera.recipes import screen
 from tessera.recipes.export import ARGS_FILE, limit_processor
 from tessera.train.optim import Optimizers
@@ -72,13 +73,14 @@ class Place:
 def main(run: Run) -> Path | None:
     """Train as ``run`` says; returns the last checkpoint (None for a dry run). Raises UserError, SystemExit(128+n)."""
     stage = run.parallel.zero_stage
-    mesh = Mesh.from_env(timeout_s=float(run.parallel.ddp_timeout), replicate=stage == 0)
+    mesh = Mesh.from_env(timeout_s=group_timeout(run.parallel.ddp_timeout), replicate=stage == 0)
     trainer = build(run, mesh)
     if trainer is None:
         mesh.close()
         return None
     try:
-        summary = trainer.fit()
+        with watching(trainer.engine.heart, mesh, run.parallel.ddp_timeout):
+            summary = trainer.fit()
     except SignalError as stop:
         trainer.log.close()
         if mesh.is_main:

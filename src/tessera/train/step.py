@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from tessera.contract.batch import Batch
 from tessera.contract.model import LossSum, Objective
 from tessera.parallel import fsdp
 from tessera.parallel.mesh import Mesh
+from tessera.parallel.watchdog import Heartbeat
 from tessera.train.optim import Optimizers
 
 
@@ -52,9 +53,11 @@ class Engine:
     mesh: Mesh
     compute_dtype: torch.dtype
     sync_every_microbatch: bool = True
+    heart: Heartbeat = field(default_factory=Heartbeat)
 
     def forward(self, batch: Batch) -> LossSum:
         """The objective on one microbatch, under autocast if the compute dtype is a 16-bit one."""
+        self.heart.enter("forward")
         enabled = self.compute_dtype != torch.float32
         with torch.autocast(self.mesh.device.type, dtype=self.compute_dtype, enabled=enabled):
             loss: LossSum = self.model(batch.to(self.mesh.device), self.objective)
@@ -68,6 +71,7 @@ class Engine:
             last = index == len(batches) - 1
             fsdp.set_gradient_sync(self.model, self.mesh, last or self.sync_every_microbatch)
             loss = self.forward(batch)
+            self.heart.enter("backward")
             (loss.total / weight).backward()
             total += loss.total.detach()
             for name, value in loss.metrics.items():
@@ -78,11 +82,13 @@ class Engine:
 def train_step(engine: Engine, optimizers: Optimizers, batches: Sequence[Batch], *, max_grad_norm: float) -> StepResult:
     """One update from this rank's ``batches``; ``max_grad_norm`` 0 turns clipping off."""
     mesh = engine.mesh
+    engine.heart.enter("step")
     local_tokens = sum(batch.num_tokens for batch in batches)
     weight, tokens = mesh.sum([sum(batch.weight for batch in batches), local_tokens])
     if weight == 0.0:
         return StepResult(0.0, 0.0, 0.0, int(tokens), {"correct": 0.0, "count": 0.0}, "no supervised token")
     sums = engine.accumulate(batches, weight)
+    engine.heart.enter("optimizer")
     names = sorted(sums.metrics)
     total, *values = mesh.sum([float(sums.total), *(float(sums.metrics[name]) for name in names)])
     gradients = fsdp.local_gradients(optimizers.parameters, mesh)
