@@ -256,8 +256,9 @@ def test_machines_that_disagree(job: Launch) -> None:
 def test_a_signal_saves_on_all_ranks(job: Launch) -> None:
     process = job("")
     assert process.stdout is not None
-    while "rank 1 pid" not in process.stdout.readline():
-        pass
+    seen: set[str] = set()
+    while len(seen) < 2:
+        seen |= set(re.findall(r"rank \d pid", process.stdout.readline()))
     process.send_signal(signal.SIGTERM)
     code, _, err = ended(process)
     assert code == 128 + signal.SIGTERM, err

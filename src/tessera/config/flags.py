@@ -205,7 +205,7 @@ REST = (
     F("run_name", "log", "str", None, "name of the run in wandb"),
     F("deepspeed", "parallel", "str", None, "zero0 replicates, zero1 to zero3 shard over processes (FSDP2)"),
     F("fsdp", "parallel", "str", None, "the same in FSDP's words", choices=("fsdp2", "full_shard", "shard_grad_op")),
-    F("ddp_timeout", "parallel", "int", 1800, "seconds until a rank that waits for the others gives up", low=1),
+    F("ddp_timeout", "parallel", "int", 1800, "seconds without progress until the run ends and names the rank", low=1),
     F("nproc_per_node", "parallel", "int", 1, "processes on this machine", env="NPROC_PER_NODE", low=1),
     F("nnodes", "parallel", "int", 1, "machines", env="NNODES", low=1),
     F("node_rank", "parallel", "int", 0, "which of them this is", env="NODE_RANK", low=0),

@@ -213,6 +213,10 @@ class Ranks:
             # Asked to stop, here or on another machine: all ranks save and leave together.
             self.stop_by = min(self.stop_by, time.monotonic() + SHUTDOWN_S)
         stopping = self.stop_by < math.inf
+        early = [-code for code in codes.values() if code in (-signal.SIGTERM, -signal.SIGINT)] if stopping else []
+        if early:
+            # That rank was not training yet, so no checkpoint can be written together: there is nothing to wait for.
+            self.stop_by = min(self.stop_by, time.monotonic() + HURRY_S)
         fine = (0, *ORDERLY, -signal.SIGTERM, -signal.SIGINT) if stopping else (0,)
         bad = [local for local, code in codes.items() if code is not None and code not in fine]
         if bad:
@@ -220,6 +224,8 @@ class Ranks:
         if all(code is not None for code in codes.values()):
             return End(max((code or 0 if (code or 0) >= 0 else 128 - (code or 0)) for code in codes.values()))
         if time.monotonic() > self.stop_by:
+            if early:
+                return End(128 + early[0])
             return End(1, "error: not all ranks stopped in time after the signal; the rest was killed")
         return self._elsewhere()
 
