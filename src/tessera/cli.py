@@ -2,8 +2,9 @@
 
 Nothing heavy is imported before the command line is known to be right, so that ``--help`` and a misspelt flag are
 answered at once. Training on several processes (``NPROC_PER_NODE``, ``NNODES``) starts this same program once per
-process through torch's elastic launcher, the engine of ``torchrun``, and returns the exit code of the first process
-that failed. Exit codes: 0, 1 for a mistake found at work, 2 for a wrong command line, 130 after Ctrl-C.
+process with torchrun's variables (``parallel/launcher.py``; ``torchrun -m tessera ...`` works as well) and returns the
+exit code of the first process that failed. Exit codes: 0, 1 for a mistake found at work, 2 for a wrong command line,
+130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import importlib
 import os
 import shlex
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,10 +36,9 @@ ENTRY: Mapping[str, str] = {
     "report": "tessera.observe.report:main",
     "demo": "tessera.recipes.demo:main",
 }
-SHUTDOWN_S = 600
-"""Seconds that ranks have to save a checkpoint after a signal before they are killed."""
-GRACE_S = 1.0
-"""How long another rank than 0 waits before it reports an error, so that an error common to all is reported once."""
+GRACE_S, PEER_GRACE_S = 1.0, 8.0
+"""How long another rank than 0 waits before it reports an error, so that an error common to all is reported as rank
+0's, and how long a rank that only noticed another one's end waits for the launcher to learn the cause."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,14 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _main(words)
         sys.stdout.flush()
         return code
-    except UserError as error:
-        return _report(error)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
+    except Exception as error:
+        if (errors := _errors()) is not None:
+            return _leave(error, errors)
+        if isinstance(error, UserError):
+            return _report(error)
+        if not isinstance(error, BrokenPipeError):
+            raise
         # The reader of our output left (`tessera ... | head`); closing stdout quietly keeps the interpreter silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _main(words: list[str]) -> int:
@@ -96,66 +99,62 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0")) if under_launcher(os.environ) else 0
 
 
+def _errors() -> Path | None:
+    """Where this process leaves its error if it is a rank of :func:`launch`; None if it speaks for itself."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    return Path(path) if path and os.environ.get("TORCHELASTIC_RUN_ID") == "tessera" else None
+
+
 def _several(run: Run) -> bool:
     return run.parallel.nproc_per_node * run.parallel.nnodes > 1
 
 
 def _report(error: UserError) -> int:
-    """Print ``error: ...`` once, even if every rank fails in the same way; returns the exit code."""
-    rank = _rank()
-    prefix = ""
-    if rank > 0:
-        # If rank 0 failed too, the launcher ends this process during the wait.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(GRACE_S)
-        prefix = f"rank {rank}: "
+    """Print ``error: ...``; returns the exit code."""
     sys.stdout.flush()
-    print(f"error: {prefix}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return error.exit_code
+
+
+def _leave(error: Exception, errors: Path) -> int:
+    """End this rank after ``error``, which the launcher reports if no other rank's comes first; returns the code."""
+    from tessera.parallel import failure
+
+    rank = _rank()
+    found = failure.diagnose(error, rank)
+    # Whoever explains the failure goes first, and rank 0 before the others: the launcher ends who waits here.
+    time.sleep(PEER_GRACE_S if found.kind == "lost" else GRACE_S if rank else 0.0)
+    failure.record(found, errors)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not exit: threads that read data, or wait for a rank that is gone, would be waited for.
+    os._exit(found.code)
 
 
 def launch(run: Run, words: Sequence[str]) -> int:
     """Start ``nproc_per_node`` ranks of this command and return the exit code of the first that fails, else 0."""
     place = run.parallel
     address = place.master_addr or "127.0.0.1"
-    port = place.master_port or (_free_port() if place.nnodes == 1 else 29500)
+    port = place.master_port or (0 if place.nnodes == 1 else 29500)
     nodes = ["--nnodes", str(place.nnodes), "--node_rank", str(place.node_rank), "--master_addr", address]
     shown = ["--nproc_per_node", str(place.nproc_per_node), *(nodes if place.nnodes > 1 else [])]
-    command = ["-m", "torch.distributed.run", *shown, "--master_port", str(port), "-m", "tessera", *words]
+    shown += ["--master_port", str(port)] if port else ["--standalone"]
+    command = ["-m", "torch.distributed.run", *shown, "-m", "tessera", *words]
+    # What torchrun would be asked to do; its own part, starting and ending processes, is parallel/launcher.py.
     print(f"run sh: `{shlex.join([Path(sys.executable).name, *_masked(command)])}`", flush=True)
 
-    import logging
+    # When a machine vanishes, torch's C++ part prints a page of stack; what happened is said in one line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from tessera.parallel import launcher
 
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // place.nproc_per_node)))
-    config = LaunchConfig(
-        min_nodes=place.nnodes,
-        max_nodes=place.nnodes,
-        nproc_per_node=place.nproc_per_node,
-        run_id="tessera",
-        role="rank",
-        rdzv_backend="static",
-        rdzv_endpoint=f"{address}:{port}",
-        rdzv_configs={"rank": place.node_rank},
-        max_restarts=0,
-        signals_to_handle="SIGTERM,SIGINT",  # not SIGHUP: `nohup tessera sft ...` must outlive its terminal
-        shutdown_timeout=SHUTDOWN_S,
+    threads = str(max(1, (os.cpu_count() or 1) // place.nproc_per_node))
+    where = launcher.Nodes(place.nproc_per_node, place.nnodes, place.node_rank, address, port)
+    return launcher.run(
+        [sys.executable, "-u", "-m", "tessera", *words],
+        where,
+        {"OMP_NUM_THREADS": threads, **os.environ},
+        float(place.ddp_timeout),
     )
-    try:
-        elastic_launch(config, sys.executable)("-u", "-m", "tessera", *words)
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            print(f"error: rank {rank} was ended by {name} (SIGKILL: often out of memory)", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException as stopped:
-        return 128 + stopped.sigval
-    return 0
 
 
 def _masked(command: Sequence[str]) -> list[str]:
@@ -165,10 +164,3 @@ def _masked(command: Sequence[str]) -> list[str]:
         if word == "--hub_token":
             out[at + 1] = "***"
     return out
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -139,7 +139,8 @@ def start(tmp_path: Path, act: str, *more: str) -> subprocess.Popen[str]:
     (tmp_path / "stub.py").write_text(STUB)
     site = tmp_path / "sitecustomize.py"
     site.write_text("from tessera import cli\ncli.ENTRY = {**cli.ENTRY, 'sft': 'stub:main'}\n")
-    env = {**os.environ, "NPROC_PER_NODE": "2", "ACT": act, "PYTHONPATH": str(tmp_path)}
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "NPROC_PER_NODE": "2", "ACT": act, "PYTHONPATH": path}
     command = [sys.executable, "-m", "tessera", *SFT, *more]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -151,7 +152,7 @@ def test_several_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, err
     first, *ranks = out.splitlines()
     assert first.startswith("run sh: `")
-    assert "-m torch.distributed.run --nproc_per_node 2 --master_port" in first
+    assert "-m torch.distributed.run --nproc_per_node 2 --standalone -m tessera sft" in first
     assert sorted(ranks) == ["rank 0 of 2: accumulate 8", "rank 1 of 2: accumulate 8"]
     assert err.count("note: --check_model") == 1
 
@@ -164,7 +165,7 @@ def test_several_processes(tmp_path: Path) -> None:
         ("fail", 1, "error: --dataset rows.jsonl: no such file\n"),
         ("fail@1", 1, "error: rank 1: --dataset rows.jsonl: no such file\n"),
         ("exit@0", 7, ""),
-        ("die@1", 137, "error: rank 1 was ended by SIGKILL (SIGKILL: often out of memory)\n"),
+        ("die@1", 137, "error: rank 1 was ended by SIGKILL (often: out of memory)\n"),
     ],
 )
 def test_failing_ranks_speak_once(tmp_path: Path, act: str, code: int, error: str) -> None:

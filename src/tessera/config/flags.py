@@ -219,7 +219,7 @@ REST = (
       choices=("allgather", "a2a")),
     F("data_parallel_replicate_size", "parallel", "int", 1, "copies of the sharded model (HSDP)", low=1),
     F("vision_balance", "parallel", "bool", True, "spread the images of a step evenly over the data-parallel ranks"),
-    F("ddp_timeout", "parallel", "int", 1800, "seconds until a rank that waits for the others gives up", low=1),
+    F("ddp_timeout", "parallel", "int", 1800, "seconds without progress until the run ends and names the rank", low=1),
     F("nproc_per_node", "parallel", "int", 1, "processes on this machine", env="NPROC_PER_NODE", low=1),
     F("nnodes", "parallel", "int", 1, "machines", env="NNODES", low=1),
     F("node_rank", "parallel", "int", 0, "which of them this is", env="NODE_RANK", low=0),

@@ -149,8 +149,8 @@ class Pipeline:
         pp = self.mesh.layout.pp
         if count < self.count:
             raise UserError(
-                f"--gradient_accumulation_steps: a pipeline of {self.count} stages needs as many microbatches in a step "
-                f"to be filled, and there are {count}"
+                f"--gradient_accumulation_steps: a pipeline of {self.count} stages needs as many microbatches in "
+                f"a step to be filled, and there are {count}"
             )
         if count % pp and self.kind != "1f1b":
             raise UserError(

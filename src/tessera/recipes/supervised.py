@@ -48,6 +48,7 @@ from tessera.observe.screen import summary_screen
 from tessera.parallel import fsdp
 from tessera.parallel.apply import Sharder
 from tessera.parallel.mesh import Mesh, world_size
+from tessera.parallel.watchdog import group_timeout, watching
 from tessera.recipes import placement, screen
 from tessera.recipes.export import ARGS_FILE, limit_processor
 from tessera.train.optim import Optimizers
@@ -71,13 +72,14 @@ class Place:
 
 def main(run: Run) -> Path | None:
     """Train as ``run`` says; returns the last checkpoint (None for a dry run). Raises UserError, SystemExit(128+n)."""
-    mesh = Mesh.from_env(placement.layout_of_run(run, world_size()), timeout_s=float(run.parallel.ddp_timeout))
+    mesh = Mesh.from_env(placement.layout_of_run(run, world_size()), timeout_s=group_timeout(run.parallel.ddp_timeout))
     trainer = build(run, mesh)
     if trainer is None:
         mesh.close()
         return None
     try:
-        summary = trainer.fit()
+        with watching(trainer.engine.heart, mesh, run.parallel.ddp_timeout):
+            summary = trainer.fit()
     except SignalError as stop:
         trainer.log.close()
         if mesh.is_main:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +24,7 @@ from tessera.contract.batch import Batch
 from tessera.contract.model import LossSum, Objective
 from tessera.parallel import fsdp
 from tessera.parallel.mesh import Mesh
+from tessera.parallel.watchdog import Heartbeat
 from tessera.train.optim import Optimizers
 
 if TYPE_CHECKING:
@@ -58,9 +59,11 @@ class Engine:
     sync_every_microbatch: bool = True
     sharder: Callable[[Sequence[Batch]], Sequence[Batch]] = list
     pipeline: Pipeline | None = None
+    heart: Heartbeat = field(default_factory=Heartbeat)
 
     def forward(self, batch: Batch) -> LossSum:
         """The objective on one microbatch, under autocast if the compute dtype is a 16-bit one."""
+        self.heart.enter("forward")
         enabled = self.compute_dtype != torch.float32
         with torch.autocast(self.mesh.device.type, dtype=self.compute_dtype, enabled=enabled):
             loss: LossSum = self.model(batch.to(self.mesh.device), self.objective)
@@ -77,6 +80,7 @@ class Engine:
             last = index == len(batches) - 1
             fsdp.set_gradient_sync(self.model, self.mesh, last or self.sync_every_microbatch)
             loss = self.forward(batch)
+            self.heart.enter("backward")
             (loss.total / weight).backward()
             total += loss.total.detach()
             for name, value in loss.metrics.items():
@@ -95,12 +99,14 @@ class Engine:
 def train_step(engine: Engine, optimizers: Optimizers, batches: Sequence[Batch], *, max_grad_norm: float) -> StepResult:
     """One update from this rank's ``batches``; ``max_grad_norm`` 0 turns clipping off."""
     mesh = engine.mesh
+    engine.heart.enter("step")
     local_tokens = sum(batch.num_tokens for batch in batches) if mesh.counts_samples else 0
     batches = engine.sharder(batches)
     weight, tokens = mesh.sum([sum(batch.weight for batch in batches) if mesh.counts_tokens else 0.0, local_tokens])
     if weight == 0.0:
         return StepResult(0.0, 0.0, 0.0, int(tokens), {"correct": 0.0, "count": 0.0}, "no supervised token")
     sums = engine.accumulate(batches, weight)
+    engine.heart.enter("optimizer")
     names = sorted(engine.objective.metrics)
     mine = [float(sums.total), *(float(sums.metrics[name]) if name in sums.metrics else 0.0 for name in names)]
     total, *values = mesh.sum(mine if mesh.counts_tokens else [0.0] * len(mine))

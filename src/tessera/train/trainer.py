@@ -107,7 +107,10 @@ class Trainer:
         """Train to ``max_steps``; returns the run's summary. Raises SignalError after a signal, UserError if stuck."""
         self.log.start()
         last: Path | None = None
+        heart = self.engine.heart
+        heart.step = self.progress.step
         with self._signals():
+            heart.enter("data")
             clock, waited = time.monotonic(), self.loader.waited
             for item in self.loader:
                 self.optimizers.set_step(self.progress.step)
@@ -116,6 +119,7 @@ class Trainer:
                     self.engine, self.optimizers, item.batches, max_grad_norm=self.cadence.max_grad_norm
                 )
                 self._account(item, result, time.monotonic() - clock, self.loader.waited - waited)
+                heart.step = self.progress.step
                 if self.progress.step == 1:
                     self.on_first_step()
                 self._log(result)
@@ -123,6 +127,7 @@ class Trainer:
                 saved = self._save()
                 last = saved or last
                 self._check_stop(result, saved)
+                heart.enter("data")
                 clock, waited = time.monotonic(), self.loader.waited
         if self.progress.step < self.cadence.max_steps:
             raise UserError(f"the data ended at step {self.progress.step} of {self.cadence.max_steps}")
@@ -192,6 +197,7 @@ class Trainer:
         if self.evals is None or not self._due(self.cadence.eval_steps):
             return
         start = time.monotonic()
+        self.engine.heart.enter("eval")
         self.engine.model.eval()
         sums = {"total": 0.0, "weight": 0.0, "correct": 0.0, "count": 0.0}
         samples = 0
@@ -225,6 +231,7 @@ class Trainer:
         at_end = cadence.save_at_end and step == cadence.max_steps
         if not (force or at_end or self._due(cadence.save_steps)):
             return None
+        self.engine.heart.enter("save")
         state = {"progress": asdict(self.progress), "loader": self.loader.state(), "max_steps": cadence.max_steps}
         state |= {"step": step, "epoch": self.progress.epoch, "metric": self.progress.metric}
 
