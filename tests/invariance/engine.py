@@ -12,10 +12,12 @@ from torch import Tensor
 from tessera import adapt
 from tessera.config.resolve import run_of
 from tessera.contract.batch import Batch
+from tessera.contract.memory import Recompute
 from tessera.models.families import family_of
 from tessera.objectives.lm import next_token
 from tessera.parallel import fsdp
 from tessera.parallel.mesh import Mesh
+from tessera.train.offload import HostStore
 from tessera.train.optim import Optimizers
 from tessera.train.schedule import Schedule
 from tessera.train.step import Engine, StepResult, train_step
@@ -38,7 +40,8 @@ def train(
     *,
     mesh: Mesh | None = None,
     stage: int = 2,
-    recompute: tuple[bool, bool] = (False, False),
+    recompute: tuple[Recompute | bool, bool] = (False, False),
+    compute_dtype: torch.dtype = torch.float32,
     **flags: Any,
 ) -> Trajectory:
     """Train a tiny random model on ``steps`` (microbatches of this rank) and say what happened."""
@@ -55,11 +58,13 @@ def train(
     adaptation = adapt.apply(model, run.adapt, family.plan(config), seed=1)
     model.set_recompute(family.plan(config), decoder=recompute[0], tower=recompute[1])
     model.train()
-    fsdp.shard(model, family.plan(config), mesh, stage=stage, compute_dtype=torch.float32)
+    if run.memory.activation_cpu_offload:
+        model.decoder.store = HostStore(model, run.memory.activation_offload_num_layers, smallest=1)
+    fsdp.shard(model, family.plan(config), mesh, stage=stage, compute_dtype=compute_dtype)
     groups = adapt.param_groups(model, run.train, adaptation)
     schedule = Schedule("constant", len(steps), 0)
-    optimizers = Optimizers(model, groups, run.train, schedule, mesh)
-    engine = Engine(model, next_token(7), mesh, torch.float32, sync_every_microbatch=stage >= 2)
+    optimizers = Optimizers(model, groups, run.train, schedule, mesh, host_share=run.memory.optimizer_share)
+    engine = Engine(model, next_token(7), mesh, compute_dtype, sync_every_microbatch=stage >= 2)
     results = []
     for index, batches in enumerate(steps):
         optimizers.set_step(index)

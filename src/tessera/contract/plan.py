@@ -11,8 +11,8 @@ Patterns are dotted module names in which ``*`` stands for one name component: `
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -43,9 +43,16 @@ class Groups:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where a family's model is cut: freeze ``groups``, FSDP units and recompute points of decoder and tower."""
+    """Where a family's model is cut: freeze ``groups``, FSDP units and recompute points of decoder and tower.
+
+    ``recompute_modules`` are the finer points inside the decoder's layers, by the name users give them. With
+    ``layer_loop`` the layers run in our own decoder, which can treat several of them as one and offload their
+    activations.
+    """
 
     groups: Groups
     fsdp_units: tuple[str, ...]
     recompute_decoder: tuple[str, ...]
     recompute_tower: tuple[str, ...] = ()
+    recompute_modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    layer_loop: bool = True

@@ -15,15 +15,18 @@ batch, then ``step`` extends all rows by one token at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tessera.contract.batch import Segments
+from tessera.contract.memory import ActivationStore
 from tessera.models.attention import Layout, attend
-from tessera.models.layers import GatedMLP, Recomputable, RMSNorm
+from tessera.models.layers import GatedMLP, Recomputable, RMSNorm, forgetting
 from tessera.models.rope import Angles, Rope, RopeConfig, rotate
 
 
@@ -132,6 +135,13 @@ class Context:
     cache: KVCache | None = None
 
 
+class CoreAttention(Recomputable):
+    """Attention without its projections: what the segments of a row make of queries, keys and values."""
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        return attend(q, k, v, layout)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions on ``[T, H]``."""
 
@@ -144,6 +154,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden, narrow, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden, narrow, bias=config.qkv_bias)
         self.o_proj = nn.Linear(wide, config.hidden, bias=config.out_bias)
+        self.core = CoreAttention()
         self.q_norm = RMSNorm(config.head_dim, config.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.eps) if config.qk_norm else None
 
@@ -155,7 +166,7 @@ class Attention(nn.Module):
         if context.cache is not None:
             context.cache.write(self.index, k, v)
         if context.layout is not None:
-            mixed = attend(q, k, v, context.layout)
+            mixed = self.core(q, k, v, context.layout)
         else:
             assert context.cache is not None
             mixed = context.cache.attend(self.index, q)
@@ -174,8 +185,10 @@ class Layer(Recomputable):
         self.post_attention_layernorm = RMSNorm(config.hidden, config.eps)
 
     def run(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), context)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        with forgetting(self.input_layernorm, x) as normed:
+            x = x + self.self_attn(normed, context)
+        with forgetting(self.post_attention_layernorm, x) as normed:
+            out: Tensor = x + self.mlp(normed)
         return out
 
 
@@ -189,6 +202,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(index): Layer(config, index) for index in range(config.layers)})
         self.norm = RMSNorm(config.hidden, config.eps)
         self.rope = Rope(config.rope, config.head_dim)
+        self.recompute_group = 1  # this many layers share one checkpoint; single layers have their own
+        self.store: ActivationStore | None = None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """``tokens [T]`` to ``[T, H]``, in the autocast type where autocast is on."""
@@ -206,10 +221,26 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """``x [T, H]`` to normed hidden states ``[T, H]``; ``deepstack[i]`` is added to rows ``dest`` after layer i."""
         context = Context(self.rope.angles(positions, x.dtype), layout, cache)
-        for index, layer in enumerate(self.layers.values()):
-            x = layer(x, context)
+        learning, total = self.training and torch.is_grad_enabled(), len(self.layers)
+        size = self.recompute_group if learning else 1
+        for first in range(0, total, size):
+            group = range(first, min(first + size, total))
+            with self.store.layer(first, total) if self.store is not None and learning else nullcontext():
+                if size > 1:
+                    x = checkpoint(self._run, x, context, group, deepstack, dest, use_reentrant=False)
+                else:
+                    x = self._run(x, context, group, deepstack, dest)
+        out: Tensor = self.norm(x)
+        return out
+
+    def _run(
+        self, x: Tensor, context: Context, group: range, deepstack: Sequence[Tensor], dest: Tensor | None
+    ) -> Tensor:
+        """The layers at the positions of ``group``, each followed by its share of ``deepstack``."""
+        layers = list(self.layers.values())
+        for index in group:
+            x = layers[index](x, context)
             if index < len(deepstack):
                 assert dest is not None
                 x = x.index_add(0, dest, deepstack[index].to(x.dtype))
-        out: Tensor = self.norm(x)
-        return out
+        return x

@@ -76,6 +76,16 @@ def local(tensor: Tensor, mesh: Mesh) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def like(piece: Tensor, tensor: Tensor, mesh: Mesh) -> Tensor:
+    """This rank's ``piece``, on whatever device, as a tensor sharded the way ``tensor`` is. No copy, no exchange."""
+    if mesh.data is None:
+        return piece
+    from torch.distributed.tensor import DTensor
+
+    # from_local would move the piece to the mesh's device.
+    return DTensor(piece, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else piece
+
+
 def local_gradients(parameters: Iterable[nn.Parameter], mesh: Mesh) -> list[Tensor]:
     """This rank's piece of every gradient that exists."""
     return [local(p.grad, mesh) for p in parameters if p.grad is not None]

@@ -37,7 +37,9 @@ from tessera.checkpoint.store import (
 )
 from tessera.config.errors import UserError
 from tessera.config.run import Run
+from tessera.contract.memory import Recompute
 from tessera.contract.model import dtype_of
+from tessera.contract.plan import Plan
 from tessera.data.corpus import Corpus, prepare
 from tessera.data.loader import Loader, eval_loader
 from tessera.data.render import Renderer
@@ -50,6 +52,7 @@ from tessera.parallel import fsdp
 from tessera.parallel.mesh import Mesh
 from tessera.recipes import screen
 from tessera.recipes.export import ARGS_FILE, limit_processor
+from tessera.train.offload import HostStore
 from tessera.train.optim import Optimizers
 from tessera.train.schedule import Schedule, warmup_steps
 from tessera.train.step import Engine
@@ -152,6 +155,8 @@ def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) ->
         if run.adapt.train_type == "full":
             adapt.trainable.freeze(module, run.adapt, source.plan.groups)
             trained.update(name for name, p in module.named_parameters() if p.requires_grad)
+            if run.memory.fp8:
+                adapt.fp8.convert(module, source.plan.groups, run.memory)
             fsdp.shard(module, source.plan, mesh, stage=stage, compute_dtype=dtype)
 
     def dtype_for(name: str) -> torch.dtype:
@@ -164,9 +169,27 @@ def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) ->
         adaptation = adapt.apply(model, run.adapt, source.plan, seed=run.train.seed, quantisation=quantisation)
     if run.adapt.train_type != "full":
         fsdp.shard(model, source.plan, mesh, stage=stage, compute_dtype=dtype)
-    recompute = run.train.gradient_checkpointing, run.train.vit_gradient_checkpointing
-    cast(VLM, model).set_recompute(source.plan, decoder=recompute[0], tower=recompute[1])
+    place_activations(run, model, source.plan)
     return model, adaptation
+
+
+def place_activations(run: Run, model: nn.Module, plan: Plan) -> None:
+    """Which activations are computed again, and which wait for backward on the host."""
+    made = cast(VLM, model)
+    made.set_recompute(plan, decoder=Recompute.asked(run.memory), tower=run.train.vit_gradient_checkpointing)
+    if run.memory.activation_cpu_offload:
+        made.decoder.store = HostStore(model, run.memory.activation_offload_num_layers)
+
+
+def check_memory(run: Run, source: door.Source, mesh: Mesh) -> None:
+    """UserError if the machine or the model cannot do what the memory flags ask for; nothing is loaded yet."""
+    adapt.fp8.require(run.memory, mesh.device)
+    Recompute.asked(run.memory).check(source.plan)
+    if run.memory.activation_cpu_offload and not source.plan.layer_loop:
+        raise UserError(
+            "--activation_cpu_offload true: this model's layers run in transformers' own loop, which keeps what it "
+            "saves; use --gradient_checkpointing true"
+        )
 
 
 def continued(
@@ -270,6 +293,7 @@ def resume(
         )
     loader.restore(state["loader"])
     tensors.load_tensors(checkpoint, model, optimizers.state(), mesh)
+    optimizers.refresh()
     store.adopt()
     return restore(state)
 
@@ -277,6 +301,7 @@ def resume(
 def build(run: Run, mesh: Mesh) -> Trainer | None:
     """A trainer ready to :meth:`~tessera.train.trainer.Trainer.fit`; None after a dry run, which loads no weights."""
     source = door.describe(run.model)
+    check_memory(run, source, mesh)
     dtype = door.compute_dtype(source, run.model.torch_dtype, mesh.device)
     if mesh.is_main and door.slow_on(mesh.device, dtype):
         screen.note(f"--torch_dtype {run.model.torch_dtype}: {door.slow_on(mesh.device, dtype)}")
@@ -292,7 +317,8 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     torch.manual_seed(run.train.seed + mesh.rank)  # dropout draws from this: other noise on every rank
     loader = train_loader(run, train, mesh)
     groups = adapt.param_groups(model, run.train, adaptation)
-    optimizers = Optimizers(model, groups, run.train, schedule_of(run, loader.total_steps), mesh)
+    schedule, share = schedule_of(run, loader.total_steps), run.memory.optimizer_share
+    optimizers = Optimizers(model, groups, run.train, schedule, mesh, host_share=share)
     writer = checkpoint_writer(run, source, model, adaptation, optimizers, mesh)
     store = Store(place.run_dir, run.save.save_total_limit, mesh.is_main, mesh.barrier)
     store.sweep()

@@ -103,8 +103,20 @@ def ties(config: HFConfig, embedding: str, disk_names: Sequence[str]) -> tuple[T
     return (Tie(embedding, "lm_head.weight"),) if tied(config) and "lm_head.weight" in disk_names else ()
 
 
+def decoder_parts(layers: str) -> dict[str, tuple[str, ...]]:
+    """The finer recompute points of our decoder's layers, which are the modules that match ``layers``."""
+    return {
+        "core_attn": (f"{layers}.self_attn.core",),
+        "mlp": (f"{layers}.mlp",),
+        "layernorm": (f"{layers}.input_layernorm", f"{layers}.post_attention_layernorm"),
+    }
+
+
 TEXT_PLAN = Plan(
-    Groups(llm=("model", "lm_head")), fsdp_units=("model.layers.*",), recompute_decoder=("model.layers.*",)
+    Groups(llm=("model", "lm_head")),
+    fsdp_units=("model.layers.*",),
+    recompute_decoder=("model.layers.*",),
+    recompute_modules=decoder_parts("model.layers.*"),
 )
 
 
@@ -115,6 +127,7 @@ def vlm_plan(aligner: Sequence[str]) -> Plan:
         fsdp_units=("model.language_model.layers.*", "model.visual.blocks.*"),
         recompute_decoder=("model.language_model.layers.*",),
         recompute_tower=("model.visual.blocks.*",),
+        recompute_modules=decoder_parts("model.language_model.layers.*"),
     )
 
 
