@@ -46,13 +46,15 @@ def buckets(groups: Sequence[dict[str, Any]], size: int = BUCKET) -> list[list[d
     cut: list[list[dict[str, Any]]] = []
     filled = size
     for group in groups:
+        piece: dict[str, Any] | None = None
         for parameter in group["params"]:
             if filled >= size:
                 cut.append([])
-                filled = 0
-            if not cut[-1] or cut[-1][-1]["name"] != group["name"]:
-                cut[-1].append({**group, "params": []})
-            cut[-1][-1]["params"].append(parameter)
+                filled, piece = 0, None
+            if piece is None:
+                piece = {**group, "params": []}
+                cut[-1].append(piece)
+            piece["params"].append(parameter)
             filled += parameter.numel()
     return cut
 

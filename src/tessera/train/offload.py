@@ -167,11 +167,11 @@ class HostStore:
 
 def _of_weight(saved: Tensor) -> bool:
     """Whether ``saved`` is a parameter seen through casts and views: its graph leads straight to a leaf."""
-    node = saved.grad_fn
+    node: Any = saved.grad_fn
     for _ in range(4):
         if node is None or len(node.next_functions) != 1:
             return False
         node = node.next_functions[0][0]
-        if node is not None and type(node).__name__ == "AccumulateGrad":
-            return True
+        if type(node).__name__ == "AccumulateGrad":
+            return isinstance(node.variable, nn.Parameter)
     return False
