@@ -181,9 +181,8 @@ def place_activations(run: Run, model: nn.Module, plan: Plan) -> None:
         made.decoder.store = HostStore(model, run.memory.activation_offload_num_layers)
 
 
-def check_memory(run: Run, source: door.Source, mesh: Mesh) -> None:
-    """UserError if the machine or the model cannot do what the memory flags ask for; nothing is loaded yet."""
-    adapt.fp8.require(run.memory, mesh.device)
+def check_memory(run: Run, source: door.Source) -> None:
+    """UserError if the model cannot do what the memory flags ask for; no weight is loaded yet."""
     Recompute.asked(run.memory).check(source.plan)
     if run.memory.activation_cpu_offload and not source.plan.layer_loop:
         raise UserError(
@@ -300,8 +299,9 @@ def resume(
 
 def build(run: Run, mesh: Mesh) -> Trainer | None:
     """A trainer ready to :meth:`~tessera.train.trainer.Trainer.fit`; None after a dry run, which loads no weights."""
+    adapt.fp8.require(run.memory, mesh.device)
     source = door.describe(run.model)
-    check_memory(run, source, mesh)
+    check_memory(run, source)
     dtype = door.compute_dtype(source, run.model.torch_dtype, mesh.device)
     if mesh.is_main and door.slow_on(mesh.device, dtype):
         screen.note(f"--torch_dtype {run.model.torch_dtype}: {door.slow_on(mesh.device, dtype)}")
