@@ -59,7 +59,7 @@ def train(
     model.set_recompute(family.plan(config), decoder=recompute[0], tower=recompute[1])
     model.train()
     if run.memory.activation_cpu_offload:
-        model.decoder.store = HostStore(model, run.memory.activation_offload_num_layers, smallest=1)
+        model.decoder.store = HostStore(run.memory.activation_offload_num_layers, smallest=1)
     fsdp.shard(model, family.plan(config), mesh, stage=stage, compute_dtype=compute_dtype)
     groups = adapt.param_groups(model, run.train, adaptation)
     schedule = Schedule("constant", len(steps), 0)

@@ -14,9 +14,12 @@ refused before any weight is read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
+
+from torch import nn
 
 from tessera.config.errors import UserError
 from tessera.config.run import MemoryArgs
@@ -68,6 +71,6 @@ class Recompute:
 class ActivationStore(Protocol):
     """Where a layer's saved tensors go; the default, no store at all, is the device they are on."""
 
-    def layer(self, position: int, layers: int) -> AbstractContextManager[None]:
-        """What to run layer ``position`` of ``layers`` in."""
+    def visit(self, group: range, layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """What to run the layers at the positions of ``group`` in."""
         ...

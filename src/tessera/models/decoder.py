@@ -221,11 +221,12 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """``x [T, H]`` to normed hidden states ``[T, H]``; ``deepstack[i]`` is added to rows ``dest`` after layer i."""
         context = Context(self.rope.angles(positions, x.dtype), layout, cache)
-        learning, total = self.training and torch.is_grad_enabled(), len(self.layers)
+        layers = list(self.layers.values())
+        learning = self.training and torch.is_grad_enabled()
         size = self.recompute_group if learning else 1
-        for first in range(0, total, size):
-            group = range(first, min(first + size, total))
-            with self.store.layer(first, total) if self.store is not None and learning else nullcontext():
+        for first in range(0, len(layers), size):
+            group = range(first, min(first + size, len(layers)))
+            with self.store.visit(group, layers) if self.store is not None and learning else nullcontext():
                 if size > 1:
                     x = checkpoint(self._run, x, context, group, deepstack, dest, use_reentrant=False)
                 else:

@@ -178,7 +178,7 @@ def place_activations(run: Run, model: nn.Module, plan: Plan) -> None:
     made = cast(VLM, model)
     made.set_recompute(plan, decoder=Recompute.asked(run.memory), tower=run.train.vit_gradient_checkpointing)
     if run.memory.activation_cpu_offload:
-        made.decoder.store = HostStore(model, run.memory.activation_offload_num_layers)
+        made.decoder.store = HostStore(run.memory.activation_offload_num_layers)
 
 
 def check_memory(run: Run, source: door.Source) -> None:

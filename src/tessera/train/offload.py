@@ -16,7 +16,7 @@ CPU the copies are made too, in order, and save nothing.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -48,6 +48,7 @@ class _Visit:
         self.kept: list[Tensor] = []  # while the layer runs: an address may not be reused under its key
         # Tickets in the graph keep a visit alive. A strong reference here would keep the whole chain.
         self.before = None if before is None else weakref.ref(before)
+        self.weights: set[int] | None = None
         self.ready: Any = None
         self.fetched = False
 
@@ -68,8 +69,7 @@ class HostStore:
     ``bytes_down`` and ``bytes_up`` count what was copied.
     """
 
-    def __init__(self, model: nn.Module, num_layers: int | None = None, *, smallest: int = SMALLEST) -> None:
-        self.model = model
+    def __init__(self, num_layers: int | None = None, *, smallest: int = SMALLEST) -> None:
         self.num_layers = num_layers
         self.smallest = smallest
         self.bytes_down = 0
@@ -77,20 +77,22 @@ class HostStore:
         self._last: weakref.ref[_Visit] | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def layer(self, position: int, layers: int) -> AbstractContextManager[None]:
-        """Run layer ``position`` of ``layers`` in this; see :class:`~tessera.contract.memory.ActivationStore`."""
-        chosen = layers - 1 if self.num_layers is None else self.num_layers
-        return self._moving(position) if position < chosen else nullcontext()
+    def visit(self, group: range, layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """Run the layers of ``group`` in this; see :class:`~tessera.contract.memory.ActivationStore`."""
+        chosen = len(layers) - 1 if self.num_layers is None else self.num_layers
+        return self._moving(group, layers) if group.start < chosen else nullcontext()
 
     @contextmanager
-    def _moving(self, position: int) -> Iterator[None]:
-        before = self._last() if self._last is not None and position > 0 else None
+    def _moving(self, group: range, layers: Sequence[nn.Module]) -> Iterator[None]:
+        before = self._last() if self._last is not None and group.start > 0 else None
         visit = _Visit(before)
         self._last = weakref.ref(visit)
-        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters() if type(p.data) is Tensor}
 
         def pack(saved: Tensor) -> Tensor | _Ticket:
-            return self._down(visit, saved) if self._moves(saved, weights) else saved
+            if visit.weights is None and self._large(saved):  # not earlier: sharded weights are gathered by now
+                running = (p for position in group for p in layers[position].parameters())
+                visit.weights = {p.untyped_storage().data_ptr() for p in running if type(p.data) is Tensor}
+            return self._down(visit, saved) if self._moves(saved, visit) else saved
 
         def unpack(packed: Tensor | _Ticket) -> Tensor:
             return self._up(packed) if isinstance(packed, _Ticket) else packed
@@ -99,13 +101,15 @@ class HostStore:
             yield
         visit.kept.clear()
 
-    def _moves(self, saved: Tensor, weights: set[int]) -> bool:
-        if type(saved) is not Tensor or saved.layout is not torch.strided:
-            return False  # a parameter, or a kind of tensor whose bytes are not all there is to it
-        size = saved.untyped_storage().nbytes()
-        if size < self.smallest or size > WASTE * saved.nbytes:
+    def _large(self, saved: Tensor) -> bool:
+        # A parameter stays, and so does a kind of tensor whose bytes are not all there is to it.
+        plain = type(saved) is Tensor and saved.layout is torch.strided
+        return plain and self.smallest <= saved.untyped_storage().nbytes() <= WASTE * saved.nbytes
+
+    def _moves(self, saved: Tensor, visit: _Visit) -> bool:
+        if visit.weights is None or not self._large(saved):
             return False
-        return saved.untyped_storage().data_ptr() not in weights and not _of_weight(saved)
+        return saved.untyped_storage().data_ptr() not in visit.weights and not _of_weight(saved)
 
     def _down(self, visit: _Visit, saved: Tensor) -> _Ticket:
         storage = saved.untyped_storage()
