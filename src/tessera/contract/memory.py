@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import nn
+from typing import TYPE_CHECKING, Protocol
 
 from tessera.config.errors import UserError
 from tessera.config.run import MemoryArgs
 from tessera.contract.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import nn  # `observe` reads this module, and does without torch
 
 
 @dataclass(frozen=True, slots=True)
