@@ -12,12 +12,14 @@ from torch import Tensor
 from tessera import adapt
 from tessera.config.resolve import run_of
 from tessera.contract.batch import Batch
+from tessera.contract.memory import Recompute
 from tessera.models.families import family_of
 from tessera.objectives.lm import NextToken
 from tessera.parallel import apply, fsdp
 from tessera.parallel.apply import Sharder, Spread
 from tessera.parallel.mesh import Mesh
 from tessera.recipes import placement
+from tessera.train.offload import HostStore
 from tessera.train.optim import Optimizers
 from tessera.train.schedule import Schedule
 from tessera.train.step import Engine, StepResult, train_step
@@ -42,7 +44,8 @@ def train(
     spread: Spread | None = None,
     schedule: str = "1f1b",
     chunks: int = 1,
-    recompute: tuple[bool, bool] = (False, False),
+    recompute: tuple[Recompute | bool, bool] = (False, False),
+    compute_dtype: torch.dtype = torch.float32,
     **flags: Any,
 ) -> Trajectory:
     """Train a tiny random model on ``steps`` (microbatches of this rank) and say what happened."""
@@ -59,19 +62,21 @@ def train(
     adaptation = adapt.apply(model, run.adapt, family.plan(config), seed=1)
     model.set_recompute(family.plan(config), decoder=recompute[0], tower=recompute[1])
     model.train()
+    if run.memory.activation_cpu_offload:
+        model.decoder.store = HostStore(run.memory.activation_offload_num_layers, smallest=1)
     spread = spread or Spread()
     stages = placement.stages_of(model, mesh, chunks)
-    apply.apply(model, family.plan(config), mesh, spread, compute_dtype=torch.float32, stages=stages)
+    apply.apply(model, family.plan(config), mesh, spread, compute_dtype=compute_dtype, stages=stages)
     pipeline = placement.pipeline_of(model, stages, mesh, schedule)
     groups = adapt.param_groups(model, run.train, adaptation)
     rates = Schedule("constant", len(steps), 0)
-    optimizers = Optimizers(model, groups, run.train, rates, mesh)
+    optimizers = Optimizers(model, groups, run.train, rates, mesh, host_share=run.memory.optimizer_share)
     sharder = Sharder.of(model, family.plan(config), mesh, spread, family.geometry(config, {}))
     engine = Engine(
         model,
         NextToken(7, repeatable=schedule == "zero_bubble"),
         mesh,
-        torch.float32,
+        compute_dtype,
         mesh.layout.zero >= 2,
         sharder,
         pipeline,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tessera.config.errors import UserError
 from tessera.contract.batch import Batch
+from tessera.contract.memory import Recompute
 from tessera.models.families import family_of
 from tessera.models.families.fallback import FAMILY
 from tessera.models.tower import channel_major, normalise
@@ -75,6 +76,16 @@ def test_forward_and_backward(checkpoint: tuple[Path, dict[str, Any], nn.Module]
     model.set_recompute(FAMILY.plan(config), decoder=True, tower=True)  # type: ignore[operator]
     model(batch, ref.loss).total.backward()
     assert all(torch.equal(grad, gradients[name]) for name, grad in ref.gradients(model).items())
+    plan, switch = FAMILY.plan(config), model.set_recompute
+    switch(plan, decoder=Recompute("full", "block", 1), tower=False)  # type: ignore[operator]
+    on = [name for name, module in model.named_modules() if vars(module).get("gradient_checkpointing")]
+    assert on == ["model.language_model.layers.0"]
+    for how, words in (
+        (Recompute("selective", modules=("mlp",)), "--recompute_modules mlp: this model has no such part"),
+        (Recompute("full", "uniform", 2), "--recompute_num_layers 2: this model's layers run in transformers' own"),
+    ):
+        with pytest.raises(UserError, match=words):
+            switch(plan, decoder=how, tower=False)  # type: ignore[operator]
 
 
 def test_rows_are_isolated(checkpoint: tuple[Path, dict[str, Any], nn.Module]) -> None:

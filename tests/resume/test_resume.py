@@ -39,6 +39,20 @@ def test_resumed_is_straight(job: str, tmp_path: Path) -> None:
     assert_identical(resumed, straight)
 
 
+@pytest.mark.parametrize("turn", [False, True])
+def test_an_optimizer_may_move_at_a_resume(turn: bool, tmp_path: Path) -> None:
+    """From the device to the host and back, with activations that were kept and then are not: bit for bit the same."""
+    argv = [*make(tmp_path, "qwen3"), "--train_type", "full"]
+    device = ["--gradient_checkpointing", "false"]
+    host = ["--deepspeed", "zero2_offload", "--optimizer_offload_fraction", "0.7", "--recompute_num_layers", "2"]
+    first, second = (host, device) if turn else (device, host)
+    straight = run([*argv, *first], tmp_path / "a")
+    moved = tmp_path / "b" / straight.name
+    shutil.copytree(straight, moved)
+    shutil.rmtree(moved / "checkpoint-8")
+    assert_identical(run([*argv, *second], tmp_path / "b", "--resume_from_checkpoint", "true"), straight)
+
+
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + 120
     while not condition():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from tessera.adapt import lora, quant, targets, trainable
+from tessera.adapt import fp8, lora, quant, targets, trainable
 from tessera.adapt.lora import adapter_tensors, load_adapter, merge, save_adapter
 from tessera.adapt.quant import Quantisation, quantised_parameters
 from tessera.adapt.trainable import Adaptation, ParamGroup, param_groups, trainable_table
@@ -23,6 +23,7 @@ __all__ = [
     "Quantisation",
     "adapter_tensors",
     "apply",
+    "fp8",
     "load_adapter",
     "merge",
     "param_groups",

@@ -38,6 +38,7 @@ ROOMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "data": ("which rows, and how they become batches", (*TRAIN, "infer", "data")),
     "adapt": ("what is trainable", TRAIN),
     "train": ("in what order, how fast", TRAIN),
+    "memory": ("what stays on the device", TRAIN),
     "save": ("what is kept", TRAIN),
     "log": ("what is shown", TRAIN),
     "parallel": ("on how many processes", TRAIN),
@@ -180,13 +181,35 @@ TRAINING = (
     F("min_lr", "train", "float", 0.0, "where the schedule ends", low=0),
     F("wsd_decay_ratio", "train", "float", 0.1, "warmup_stable_decay: share of the run that decays", low=0, high=1),
     F("seed", "train", "int", 42, "seed of everything random", low=0, verbs=(*TRAIN, "infer", "data", "demo")),
-    F("gradient_checkpointing", "train", "bool", True, "recompute decoder layers to save memory"),
-    F("vit_gradient_checkpointing", "train", "bool", None, "the same for the tower; as the decoder if not given"),
+    F("gradient_checkpointing", "train", "bool", True, "true is --recompute_granularity full, false none"),
+    F("vit_gradient_checkpointing", "train", "bool", None,
+      "recompute every block of the tower; as the decoder if not given"),
     F("loss_chunk_size", "train", "int", 1024, "rows of logits held at once", low=1),
     F("max_bad_steps", "train", "int", 5, "stop after this many non-finite steps in a row", low=1),
     F("eval_strategy", "train", "str", None, "when to evaluate; as --save_strategy if not given",
       choices=("steps", "epoch", "no")),
     F("eval_steps", "train", "steps", None, "evaluate every N steps or share of the run; -1 at the end only"),
+)  # fmt: skip
+
+MEMORY = (
+    F("recompute_granularity", "memory", "str", None,
+      "compute nothing, parts of each layer or whole layers again in backward; overrides --gradient_checkpointing",
+      choices=("none", "selective", "full")),
+    F("recompute_method", "memory", "str", None, "full: groups of N layers as one, or only the first N; uniform",
+      choices=("uniform", "block")),
+    F("recompute_num_layers", "memory", "int", None, "full: this N; 1 if not given", low=1),
+    F("recompute_modules", "memory", "list", (), "selective: these parts of each layer; core_attn if not given",
+      choices=("core_attn", "mlp", "layernorm", "moe")),
+    F("activation_cpu_offload", "memory", "bool", False, "keep what decoder layers save for backward in host memory",
+      aliases=("cpu_offloading",)),
+    F("activation_offload_num_layers", "memory", "int", None, "of the first N layers; all but the last if not given",
+      aliases=("cpu_offloading_num_layers",), low=1),
+    F("optimizer_cpu_offload", "memory", "bool", False, "keep optimizer state on the host and step there"),
+    F("optimizer_offload_fraction", "memory", "float", 1.0, "share of the trained elements that this is done for",
+      low=0, high=1),
+    F("fp8", "memory", "bool", None, "decoder linears in float8 (full training; torchao, GPU with float8 units)"),
+    F("fp8_format", "memory", "str", None, "e4m3, or (hybrid, the default) with e5m2 for gradients; implies --fp8",
+      choices=("e4m3", "hybrid")),
 )  # fmt: skip
 
 REST = (
@@ -266,7 +289,7 @@ INERT = (
     F("infer_backend", "inert", "str", choices=("pt", "transformers"), inert="the engine is always tessera's own"),
 )  # fmt: skip
 
-FLAGS: tuple[Flag, ...] = (*MODEL, *DATA, *ADAPT, *TRAINING, *REST, *INERT)
+FLAGS: tuple[Flag, ...] = (*MODEL, *DATA, *ADAPT, *TRAINING, *MEMORY, *REST, *INERT)
 BY_NAME: Mapping[str, Flag] = {name: flag for flag in FLAGS for name in (flag.name, *flag.aliases)}
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from tessera.config import memory
 from tessera.config.flags import BY_NAME, FLAGS, TRAIN, USE, VERBS, Flag
 from tessera.config.parse import Words, convert, json_object, lookup, nearest, shown, split, usage_error, words_of
 from tessera.config.run import ROOM_CLASSES, Run
@@ -231,8 +232,9 @@ def _require(draft: _Draft, words: Words) -> None:
 def _finish(draft: _Draft, env: Mapping[str, str]) -> Run:
     values = draft.values
     _paths(draft)
-    _parallel(values)
+    memory.stage_of(values, draft.given, draft.notes)
     _derive(draft, env)
+    memory.settle(values, draft.given)
     _check(draft.verb, values)
     _hints(draft)
     rooms = {
@@ -277,24 +279,6 @@ def _local(label: str, name: str) -> str:
     return name
 
 
-def _parallel(values: dict[str, Any]) -> None:
-    given = values["deepspeed"]
-    if given is None:
-        return
-    if values["fsdp"] is not None:
-        raise usage_error(f"--deepspeed {given} and --fsdp {values['fsdp']} mean the same; give one of them")
-    stage = given
-    if given.lstrip().startswith("{") or given.endswith(".json"):
-        zero = json_object(given, "--deepspeed").get("zero_optimization", {})
-        offload = any(key.startswith("offload") and (zero[key] or {}).get("device", "none") != "none" for key in zero)
-        stage = f"zero{zero.get('stage', 0)}" + ("_offload" if offload else "")
-    if stage.endswith("_offload"):
-        raise usage_error(f"--deepspeed {given}: offloading to the CPU is not in this version; use zero3")
-    if stage not in ("zero0", "zero1", "zero2", "zero3"):
-        raise usage_error(f"--deepspeed {given}: allowed are zero0, zero1, zero2, zero3 or a DeepSpeed JSON file")
-    values["deepspeed"] = stage
-
-
 def _derive(draft: _Draft, env: Mapping[str, str]) -> None:
     """Defaults that follow from other values."""
     values = draft.values
@@ -312,7 +296,6 @@ def _derive(draft: _Draft, env: Mapping[str, str]) -> None:
         "eval_strategy": values["save_strategy"],
         "eval_steps": values["save_steps"],
         "data_seed": values["seed"],
-        "vit_gradient_checkpointing": values["gradient_checkpointing"],
         "output_dir": {"export": _export_dir(values), "demo": draft.target or "demo_output"}.get(
             draft.verb, os.path.join("output", name)
         ),

@@ -125,6 +125,29 @@ class TrainArgs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryArgs:
+    """What stays on the device. Always decided: without full recompute, method and number are those it would have;
+    ``recompute_modules`` is empty unless selective. ``activation_offload_num_layers`` None is all layers but the last.
+    """
+
+    recompute_granularity: str
+    recompute_method: str
+    recompute_num_layers: int
+    recompute_modules: tuple[str, ...]
+    activation_cpu_offload: bool
+    activation_offload_num_layers: int | None
+    optimizer_cpu_offload: bool
+    optimizer_offload_fraction: float
+    fp8: bool
+    fp8_format: str
+
+    @property
+    def optimizer_share(self) -> float:
+        """The share of the trained elements whose optimiser state lives on the host."""
+        return self.optimizer_offload_fraction if self.optimizer_cpu_offload else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SaveArgs:
     """What is kept, where, how often; ``max_shard_size`` in bytes, ``resume_from_checkpoint`` a path or ``true``."""
 
@@ -217,6 +240,7 @@ ROOM_CLASSES: Mapping[str, type] = {
     "data": DataArgs,
     "adapt": AdaptArgs,
     "train": TrainArgs,
+    "memory": MemoryArgs,
     "save": SaveArgs,
     "log": LogArgs,
     "parallel": ParallelArgs,
@@ -239,6 +263,7 @@ class Run:
     data: DataArgs
     adapt: AdaptArgs
     train: TrainArgs
+    memory: MemoryArgs
     save: SaveArgs
     log: LogArgs
     parallel: ParallelArgs

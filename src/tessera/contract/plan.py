@@ -11,8 +11,8 @@ Patterns are dotted module names in which ``*`` stands for one name component: `
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -47,6 +47,10 @@ class Plan:
 
     ``tensor`` lists module pattern and style (``column``, ``row``, ``vocab``) of what tensor ranks split; everything
     else of the language model is whole on each of them.
+
+    ``recompute_modules`` are the finer points inside the decoder's layers, by the name users give them. With
+    ``layer_loop`` the layers run in our own decoder, which can treat several of them as one and offload their
+    activations.
     """
 
     groups: Groups
@@ -54,3 +58,5 @@ class Plan:
     recompute_decoder: tuple[str, ...]
     recompute_tower: tuple[str, ...] = ()
     tensor: tuple[tuple[str, str], ...] = ()
+    recompute_modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    layer_loop: bool = True

@@ -15,16 +15,19 @@ batch, then ``step`` extends all rows by one token at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tessera.contract.batch import Segments, Shard
+from tessera.contract.memory import ActivationStore
 from tessera.contract.seams import ONE_DEVICE, Seams
 from tessera.models.attention import Layout, attend
-from tessera.models.layers import GatedMLP, Linear, Recomputable, RMSNorm
+from tessera.models.layers import GatedMLP, Linear, Recomputable, RMSNorm, forgetting
 from tessera.models.rope import Angles, Rope, RopeConfig, rotate
 
 
@@ -135,6 +138,13 @@ class Context:
     cache: KVCache | None = None
 
 
+class CoreAttention(Recomputable):
+    """Attention without its projections: what the segments of a row make of queries, keys and values."""
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        return attend(q, k, v, layout)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions on ``[T, H]``."""
 
@@ -147,6 +157,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden, narrow, bias=config.qkv_bias)
         self.v_proj = Linear(config.hidden, narrow, bias=config.qkv_bias)
         self.o_proj = Linear(wide, config.hidden, bias=config.out_bias)
+        self.core = CoreAttention()
         self.q_norm = RMSNorm(config.head_dim, config.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.eps) if config.qk_norm else None
 
@@ -159,7 +170,7 @@ class Attention(nn.Module):
             context.cache.write(self.index, k, v)
         if context.layout is not None:
             q, k, v = context.seams.before_attention(q, k, v, context.shard)
-            mixed = context.seams.after_attention(attend(q, k, v, context.layout), context.shard)
+            mixed = context.seams.after_attention(self.core(q, k, v, context.layout), context.shard)
         else:
             assert context.cache is not None
             mixed = context.cache.attend(self.index, q)
@@ -179,8 +190,10 @@ class Layer(Recomputable):
 
     def run(self, x: Tensor, context: Context) -> Tensor:
         seams = context.seams
-        x = x + seams.scatter(self.self_attn(seams.gather(self.input_layernorm(x)), context))
-        out: Tensor = x + seams.scatter(self.mlp(seams.gather(self.post_attention_layernorm(x))))
+        with forgetting(self.input_layernorm, x) as normed:
+            x = x + seams.scatter(self.self_attn(seams.gather(normed), context))
+        with forgetting(self.post_attention_layernorm, x) as normed:
+            out: Tensor = x + seams.scatter(self.mlp(seams.gather(normed)))
         return out
 
 
@@ -195,6 +208,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden, config.eps)
         self.rope = Rope(config.rope, config.head_dim)
         self.seams = ONE_DEVICE
+        self.recompute_group = 1  # this many layers share one checkpoint; single layers have their own
+        self.store: ActivationStore | None = None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """``tokens [n]`` to this rank's rows ``[n / tp, H]``, in the autocast type where autocast is on."""
@@ -226,9 +241,27 @@ class Decoder(nn.Module):
         The final norm is the caller's: not every part of a pipeline has it.
         """
         context = Context(self.rope.angles(positions, x.dtype), layout, self.seams, shard, cache)
-        for key in self.layers if keys is None else keys:
-            x = self.layers[key](x, context)
-            if int(key) < len(deepstack):
+        names = list(self.layers) if keys is None else list(keys)
+        layers = [self.layers[name] for name in names]
+        learning = self.training and torch.is_grad_enabled()
+        size = self.recompute_group if learning else 1
+        for first in range(0, len(names), size):
+            group = names[first : first + size]
+            span = range(first, first + len(group))
+            with self.store.visit(span, layers) if self.store is not None and learning else nullcontext():
+                if size > 1:
+                    x = checkpoint(self._run, x, context, group, deepstack, dest, use_reentrant=False)
+                else:
+                    x = self._run(x, context, group, deepstack, dest)
+        return x
+
+    def _run(
+        self, x: Tensor, context: Context, names: Sequence[str], deepstack: Sequence[Tensor], dest: Tensor | None
+    ) -> Tensor:
+        """The layers ``names``, each followed by its share of ``deepstack``."""
+        for name in names:
+            x = self.layers[name](x, context)
+            if int(name) < len(deepstack):
                 assert dest is not None
-                x = x.index_add(0, dest, deepstack[int(key)].to(x.dtype))
+                x = x.index_add(0, dest, deepstack[int(name)].to(x.dtype))
         return x

@@ -11,13 +11,15 @@ type where they are used, so that the residual stream keeps its type and its mem
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from tessera.config.errors import UserError
@@ -83,6 +85,7 @@ class RMSNorm(Divisible):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = _RMSNorm.apply(x, self.part(self.weight), self.eps)
@@ -90,6 +93,74 @@ class RMSNorm(Divisible):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class _Forgotten:
+    """The output of a norm that was not kept: made again from the norm's input, once for all who saved it."""
+
+    def __init__(self, norm: RMSNorm, x: Tensor) -> None:
+        self.norm = norm
+        self.x = x.detach()
+        self.users = 0
+        self.made: Tensor | None = None
+
+    def again(self) -> Tensor:
+        with torch.no_grad():
+            made = self.norm(self.x) if self.made is None else self.made
+        self.users -= 1
+        self.made = made if self.users > 0 else None
+        return made
+
+
+def forgetting(norm: RMSNorm, x: Tensor) -> AbstractContextManager[Tensor]:
+    """``norm(x)`` for use within a ``with`` block; with ``norm.recompute`` it is not kept but made again in backward.
+
+    A checkpoint around the norm would not help: what costs memory is its output, which the linears that read it save.
+    """
+    normed: Tensor = norm(x)
+    if norm.recompute and norm.training and torch.is_grad_enabled():
+        return _forgotten(norm, x, normed)
+    return nullcontext(normed)
+
+
+@contextmanager
+def _forgotten(norm: RMSNorm, x: Tensor, normed: Tensor) -> Iterator[Tensor]:
+    forgotten = _Forgotten(norm, x)
+    known = (normed.data_ptr(), normed.dtype, normed.shape, normed.stride())
+
+    def pack(saved: Tensor) -> Tensor | _Forgotten:
+        if (saved.data_ptr(), saved.dtype, saved.shape, saved.stride()) != known:
+            return saved
+        forgotten.users += 1
+        return forgotten
+
+    def unpack(packed: Tensor | _Forgotten) -> Tensor:
+        return packed.again() if isinstance(packed, _Forgotten) else packed
+
+    with saved_tensors_hooks(pack, unpack):
+        yield normed
+
+
+class Recomputable(nn.Module):
+    """A module whose activations can be dropped after forward and computed again in backward (``recompute``).
+
+    Subclasses implement ``run``. The checkpoint lies inside ``forward`` so that hooks around the module (parameter
+    gathering) run once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recompute = False
+
+    def forward(self, *args: Any) -> Tensor:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self.run, *args, use_reentrant=False)
+            return out
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Tensor:
+        """The module's computation."""
+        raise NotImplementedError
 
 
 class _Gate(torch.autograd.Function):
@@ -111,7 +182,7 @@ class _Gate(torch.autograd.Function):
         return torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate), d_up
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Recomputable):
     """``down(act(gate(x)) * up(x))`` on ``[T, H]``."""
 
     def __init__(self, size: int, inner: int, bias: bool, act: Activation = F.silu) -> None:
@@ -121,7 +192,7 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(inner, size, bias=bias)
         self.act = act
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         out: Tensor = self.down_proj(_Gate.apply(gate, up) if self.act is F.silu else self.act(gate) * up)
         return out
@@ -160,25 +231,3 @@ class PatchEmbed(nn.Module):
         kernel = weight.sum(2, keepdim=True) if still else weight
         flat = kernel.permute(0, 2, 3, 4, 1).flatten(1)
         return F.linear(patches.to(weight.dtype), flat, self.proj.bias)
-
-
-class Recomputable(nn.Module):
-    """A module whose activations can be dropped after forward and computed again in backward (``recompute``).
-
-    Subclasses implement ``run``. The checkpoint lies inside ``forward`` so that hooks around the module (parameter
-    gathering) run once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.recompute = False
-
-    def forward(self, *args: Any) -> Tensor:
-        if self.recompute and self.training and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self.run, *args, use_reentrant=False)
-            return out
-        return self.run(*args)
-
-    def run(self, *args: Any) -> Tensor:
-        """The module's computation."""
-        raise NotImplementedError

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from tessera.contract.batch import Batch, Media
+from tessera.contract.memory import Recompute
 from tessera.contract.model import Head, LossSum, Objective
 from tessera.contract.plan import Plan, matches
 from tessera.models.attention import permuted, plan
 from tessera.models.decoder import Decoder, DecoderConfig, KVCache
-from tessera.models.layers import Recomputable
+from tessera.models.layers import Recomputable, RMSNorm
 from tessera.models.tower import Features, Tower
 
 
@@ -86,13 +87,27 @@ class VLM(nn.Module):
         out: Tensor = decoder.norm(decoder.blocks(decoder.embed(tokens), positions, None, cache=cache))
         return out
 
-    def set_recompute(self, plan: Plan, *, decoder: bool, tower: bool) -> None:
-        """Switch activation recomputation on or off at the plan's points of the decoder and of the tower."""
-        for patterns, on in ((plan.recompute_decoder, decoder), (plan.recompute_tower, tower)):
-            for name, module in self.named_modules():
-                if any(matches(pattern, name) for pattern in patterns):
-                    assert isinstance(module, Recomputable), f"{name} cannot be recomputed"
-                    module.recompute = on
+    def set_recompute(self, plan: Plan, *, decoder: Recompute | bool, tower: bool) -> None:
+        """Recompute activations at the plan's points: of the decoder as told (True: every layer), all of the tower's.
+
+        UserError if the plan lacks a point that is asked for.
+        """
+        how = Recompute.of(decoder)
+        how.check(plan)
+        layers = [name for name, _ in self.named_modules() if any(matches(p, name) for p in plan.recompute_decoder)]
+        spans = how.spans(len(layers))
+        self.decoder.recompute_group = how.num_layers if how.granularity == "full" and how.method == "uniform" else 1
+        # A checkpoint inside a shared one would run its layer a third time.
+        chosen = {layers[i] for span in spans for i in span if self.decoder.recompute_group == 1}
+        parts = how.modules if how.granularity == "selective" else ()
+        patterns = [pattern for part in parts for pattern in plan.recompute_modules[part]]
+        patterns += plan.recompute_tower if tower else ()
+        for name, module in self.named_modules():
+            on = name in chosen or any(matches(pattern, name) for pattern in patterns)
+            if isinstance(module, (Recomputable, RMSNorm)):
+                module.recompute = on
+            else:
+                assert not on, f"{name} cannot be recomputed"
 
     def drop_tower(self) -> None:
         """Forget the tower (this process never encodes images)."""

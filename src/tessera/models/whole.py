@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tessera.config.errors import UserError
 from tessera.contract.batch import Batch, Media
+from tessera.contract.memory import Recompute
 from tessera.contract.model import Head, LossSum, Objective
 from tessera.contract.plan import Plan, matches
 from tessera.models.decoder import KVCache
@@ -58,14 +59,21 @@ class Whole(nn.Module):
         """Refused: generation needs our own decoder's cache."""
         raise UserError("a model run whole cannot generate here: load the exported directory with transformers instead")
 
-    def set_recompute(self, plan: Plan, *, decoder: bool, tower: bool) -> None:
-        """Switch activation recomputation on or off at the plan's points of the decoder and of the tower."""
-        for patterns, on in ((plan.recompute_decoder, decoder), (plan.recompute_tower, tower)):
-            for name, module in self.named_modules():
-                if any(matches(pattern, name) for pattern in patterns):
-                    layer: Any = module  # a transformers layer; these two attributes are its own switch
-                    layer.gradient_checkpointing = on
-                    layer._gradient_checkpointing_func = _recomputed
+    def set_recompute(self, plan: Plan, *, decoder: Recompute | bool, tower: bool) -> None:
+        """Recompute activations at the plan's points: of the decoder as told (True: every layer), all of the tower's.
+
+        UserError if the plan lacks a point that is asked for.
+        """
+        how = Recompute.of(decoder)
+        how.check(plan)
+        layers = [name for name, _ in self.named_modules() if any(matches(p, name) for p in plan.recompute_decoder)]
+        chosen = {layers[i] for span in how.spans(len(layers)) for i in span}
+        for name, module in self.named_modules():
+            of_tower = any(matches(pattern, name) for pattern in plan.recompute_tower)
+            if of_tower or name in layers:
+                layer: Any = module  # a transformers layer; these two attributes are its own switch
+                layer.gradient_checkpointing = tower if of_tower else name in chosen
+                layer._gradient_checkpointing_func = _recomputed
 
     def _hidden(self, batch: Batch) -> Tensor:
         lengths, media = batch.segments.lengths, batch.media

@@ -8,7 +8,8 @@ layer and one token, autograd keeps (h hidden, q and k widths of queries and key
     attention        queries, keys, values, output  2q + 2k    (+ q + k with norms on queries and keys)
     gated MLP        gate, silu(gate), up, product  4i         (2i without a gate)
 
-so ``layers x tokens`` times that; with recompute only each layer's input ``h`` and a single layer in full. The head
+so ``layers x tokens`` times that. A recomputed layer, or group of layers, keeps its input ``h``, and one group is there
+in full; recomputed parts of layers leave their share out. The head
 holds one chunk of logits. These are estimates: allocator fragmentation, kernels' workspaces and the process itself
 (about half a GiB) come on top; what the run really took is ``memory(GiB)`` in its log.
 
@@ -18,9 +19,11 @@ for the weights'. Training everything is therefore 6N, with recompute 8N; attent
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from tessera.contract.memory import Recompute
 
 FLOAT32 = 4
 
@@ -41,10 +44,15 @@ class Stack:
     gated: bool = True
     qk_norm: bool = False
 
-    def activation_bytes(self, itemsize: int) -> int:
-        """Bytes that autograd keeps per token and layer."""
+    def activation_bytes(self, itemsize: int, recomputed: Collection[str] = ()) -> int:
+        """Bytes that autograd keeps per token and layer; ``recomputed`` parts keep what the others need of them.
+
+        Core attention is not in the sum: its inputs and its output are saved by what surrounds it.
+        """
         attention = (3 if self.qk_norm else 2) * (self.queries + self.keys)
-        return (4 * self.hidden + attention + (4 if self.gated else 2) * self.intermediate) * itemsize
+        norms = (2 if "layernorm" in recomputed else 4) * self.hidden
+        mlp = 0 if {"mlp", "moe"} & set(recomputed) else (4 if self.gated else 2) * self.intermediate
+        return (norms + attention + mlp) * itemsize
 
     def transient_bytes(self, itemsize: int) -> int:
         """Bytes per token of the gradients alive inside one layer's backward."""
@@ -95,7 +103,8 @@ class Work:
     """What one microbatch puts through the model.
 
     ``tokens`` through the decoder, ``patches`` through the tower, ``itemsize`` bytes of the compute dtype (2 or 4),
-    ``vocab`` rows of the head and ``logits_chunk`` supervised tokens at a time.
+    ``vocab`` rows of the head and ``logits_chunk`` supervised tokens at a time. Activations of the first ``offloaded``
+    decoder layers go to the host.
     """
 
     tokens: int
@@ -104,7 +113,8 @@ class Work:
     itemsize: int = FLOAT32
     logits_chunk: int = 1024
     accumulation: int = 1
-    recompute: bool = False
+    recompute: Recompute | bool = False
+    offloaded: int = 0
     recompute_tower: bool = False
     train_decoder: str = "weights"  # "weights", "adapters", or "nothing" (then nothing below it trains either)
     train_tower: str = "weights"
@@ -140,17 +150,21 @@ def estimate_memory(
     states: int = 2,
     shards: int = 1,
     gather: bool = True,
+    host_share: float = 0.0,
 ) -> MemoryEstimate:
     """Peak memory of training on one device.
 
     ``states`` values per trained parameter in the optimiser (AdamW 2, Muon 1). ``shards`` ranks share weights,
     gradients and optimiser state; with ``gather`` the full weights also exist during a step (ZeRO-1 and -2).
+    ``host_share`` of the optimiser's state lies elsewhere.
     """
     held = weights.size // shards + (weights.size if gather and shards > 1 else 0)
     copies = weights.count * work.itemsize if weights.size > weights.count * work.itemsize else 0
     gradients = weights.trained_size // shards
-    optimizer = states * weights.trained_size // shards
-    of_decoder = _activations(decoder, work.tokens, work.itemsize, work.recompute, work.train_decoder)
+    optimizer = int(states * weights.trained_size * (1 - host_share)) // shards
+    of_decoder = _activations(
+        decoder, work.tokens, work.itemsize, work.recompute, work.train_decoder, offloaded=work.offloaded
+    )
     of_tower = _activations(tower, work.patches, work.itemsize, work.recompute_tower, work.train_tower)
     hidden = decoder.hidden if decoder else 0
     rows = min(work.logits_chunk, work.tokens)
@@ -171,16 +185,25 @@ def estimate_memory(
     return MemoryEstimate(held + copies + optimizer + overlap, parts, complete=decoder is not None)
 
 
-def _activations(stack: Stack | None, rows: int, itemsize: int, recompute: bool, trains: str) -> int:
+def _activations(
+    stack: Stack | None, rows: int, itemsize: int, recompute: Recompute | bool, trains: str, *, offloaded: int = 0
+) -> int:
     if stack is None or not rows:
         return 0
     layer = stack.activation_bytes(itemsize)
     if trains == "nothing":
         return rows * layer  # one layer at a time, forward only
-    transient = stack.transient_bytes(itemsize)
-    if recompute:
-        return rows * (stack.layers * stack.hidden * itemsize + layer + transient)
-    return rows * (stack.layers * layer + transient)
+    how = Recompute.of(recompute)
+    spans = how.spans(stack.layers)
+    covered = sum(len(span) for span in spans)
+    kept = stack.activation_bytes(itemsize, how.modules if how.granularity == "selective" else ())
+    # What each group, then each layer outside of one, keeps; and what is there again while it is recomputed.
+    held = [(span.start, stack.hidden * itemsize) for span in spans]
+    held += [(position, kept) for position in range(covered, stack.layers)]
+    again = max((len(span) for span in spans), default=0) * layer + (layer - kept)
+    moving = 2 * max(size for start, size in held if start < offloaded) if offloaded else 0
+    resident = sum(size for start, size in held if start >= offloaded)
+    return rows * (resident + moving + again + stack.transient_bytes(itemsize))
 
 
 def forward_flops_per_token(stack: Stack, context: float, *, head: int = 0, causal: bool = True) -> float:

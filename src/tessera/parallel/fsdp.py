@@ -103,6 +103,16 @@ def scale(parameters: Iterable[nn.Parameter], mesh: Mesh, factor: float) -> None
         torch._foreach_mul_(pieces, factor)
 
 
+def like(piece: Tensor, tensor: Tensor, mesh: Mesh) -> Tensor:
+    """This rank's ``piece``, on whatever device, as a tensor sharded the way ``tensor`` is. No copy, no exchange."""
+    if mesh.grid is None:
+        return piece
+    from torch.distributed.tensor import DTensor
+
+    # from_local would move the piece to the mesh's device.
+    return DTensor(piece, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else piece
+
+
 def norm(gradients: Iterable[Tensor], mesh: Mesh) -> float:
     """L2 norm over all ranks of these gradients, as one host number; shards add up, replicas count once."""
     grads = list(gradients)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import torch
 
 from tessera.config.errors import UserError
-from tessera.contract.layout import ParallelLayout
+from tessera.contract.layout import ParallelLayout, layout_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -113,12 +113,13 @@ class Mesh(Place):
         return cls(0, pick_device())
 
     @classmethod
-    def from_env(cls, layout: ParallelLayout, *, timeout_s: float = 1800.0) -> Mesh:
+    def from_env(cls, layout: ParallelLayout | None = None, *, timeout_s: float = 1800.0) -> Mesh:
         """Join the process group that torchrun's environment describes, or stay single.
 
-        Raises UserError if the ranks cannot meet.
+        Without a ``layout`` all ranks are data parallel. Raises UserError if the ranks cannot meet.
         """
         world = world_size()
+        layout = layout or layout_of(world)
         assert world == layout.world, f"{layout} is not for {world} processes"
         if world == 1:
             return cls.single()

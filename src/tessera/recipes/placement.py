@@ -18,11 +18,14 @@ from tessera.checkpoint import open as door
 from tessera.config.errors import UserError
 from tessera.config.run import Run
 from tessera.contract.layout import ParallelLayout, layout_of
+from tessera.contract.memory import Recompute
+from tessera.contract.plan import Plan
 from tessera.models.stage import Stage, keep
 from tessera.models.vlm import VLM
 from tessera.parallel import apply, fsdp
 from tessera.parallel.apply import Spread
 from tessera.parallel.mesh import Mesh
+from tessera.train.offload import HostStore
 
 if TYPE_CHECKING:
     from tessera.parallel.pipeline import Pipeline
@@ -117,6 +120,8 @@ def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) ->
         if full:
             adaptations.append(adapt.apply(module, run.adapt, source.plan, seed=run.train.seed))
             trained.update(adaptations[0].trainable)
+            if run.memory.fp8:
+                adapt.fp8.convert(module, source.plan.groups, run.memory)
             spread(module)
 
     def dtype_for(name: str) -> torch.dtype:
@@ -129,10 +134,27 @@ def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) ->
         adaptations.append(adapt.apply(model, run.adapt, source.plan, seed=run.train.seed, quantisation=quantisation))
     if not full:
         spread(model)
-    recompute = run.train.gradient_checkpointing, run.train.vit_gradient_checkpointing
-    cast(VLM, model).set_recompute(source.plan, decoder=recompute[0], tower=recompute[1])
+    place_activations(run, model, source.plan)
     pipeline = pipeline_of(cast(VLM, model), stages, mesh, run.parallel.pipeline_schedule) if stages else None
     return Placed(model, adaptations[0], pipeline)
+
+
+def place_activations(run: Run, model: nn.Module, plan: Plan) -> None:
+    """Which activations are computed again, and which wait for backward on the host."""
+    made = cast(VLM, model)
+    made.set_recompute(plan, decoder=Recompute.asked(run.memory), tower=run.train.vit_gradient_checkpointing)
+    if run.memory.activation_cpu_offload:
+        made.decoder.store = HostStore(run.memory.activation_offload_num_layers)
+
+
+def check_memory(run: Run, source: door.Source) -> None:
+    """UserError if the model cannot do what the memory flags ask for; no weight is loaded yet."""
+    Recompute.asked(run.memory).check(source.plan)
+    if run.memory.activation_cpu_offload and not source.plan.layer_loop:
+        raise UserError(
+            "--activation_cpu_offload true: this model's layers run in transformers' own loop, which keeps what it "
+            "saves; use --gradient_checkpointing true"
+        )
 
 
 def _stages(run: Run, module: nn.Module, mesh: Mesh) -> list[Stage]:

@@ -13,6 +13,7 @@ from tessera import adapt
 from tessera.adapt import ParamGroup
 from tessera.checkpoint.open import Source
 from tessera.config.run import Run
+from tessera.contract.memory import Recompute
 from tessera.data.corpus import Corpus
 from tessera.data.loader import Loader
 from tessera.observe.cost import MemoryEstimate, Weights, Work, estimate_memory, stacks_of
@@ -86,6 +87,7 @@ def _memory(
     if loader.packing and loader.capacity:
         tokens = loader.capacity * loader.units_per_batch
         patches = int(train.patches.sum() / max(1, train.lengths.sum()) * tokens)
+    away = mesh.device.type == "cuda"  # on a CPU, host and device are the same memory
     work = Work(
         tokens=tokens,
         vocab=int(config.get("vocab_size", 0)),
@@ -93,7 +95,8 @@ def _memory(
         itemsize=itemsize,
         logits_chunk=run.train.loss_chunk_size,
         accumulation=run.train.gradient_accumulation_steps,
-        recompute=run.train.gradient_checkpointing,
+        recompute=Recompute.asked(run.memory),
+        offloaded=_offloaded_layers(run, source) if away else 0,
         recompute_tower=run.train.vit_gradient_checkpointing,
         train_decoder=_trains(run, groups, "llm"),
         train_tower=_trains(run, groups, "vit"),
@@ -107,7 +110,15 @@ def _memory(
         states=1 if run.train.optim == "muon" else 2,
         shards=mesh.layout.shard * mesh.layout.cp * mesh.layout.tp,
         gather=mesh.layout.zero != 3,
+        host_share=run.memory.optimizer_share if away else 0.0,
     )
+
+
+def _offloaded_layers(run: Run, source: Source) -> int:
+    decoder, _ = stacks_of(source.config)
+    if decoder is None or not run.memory.activation_cpu_offload:
+        return 0
+    return min(run.memory.activation_offload_num_layers or decoder.layers - 1, decoder.layers)
 
 
 def _batch_words(run: Run, loader: Loader) -> str:

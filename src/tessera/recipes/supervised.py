@@ -224,13 +224,30 @@ def resume(
         )
     loader.restore(state["loader"])
     tensors.load_tensors(checkpoint, model, optimizers.state(), mesh)
+    optimizers.refresh()
     store.adopt()
     return restore(state)
 
 
+def engine_of(run: Run, placed: placement.Placed, source: door.Source, mesh: Mesh, dtype: torch.dtype) -> Engine:
+    """What runs a forward and backward of this model on this mesh."""
+    model = placed.model
+    return Engine(
+        model,
+        NextToken(run.train.loss_chunk_size, repeatable=run.parallel.pipeline_schedule == "zero_bubble"),
+        mesh,
+        dtype,
+        sync_every_microbatch=mesh.layout.zero >= 2,
+        sharder=Sharder.of(model, source.plan, mesh, placement.spread_of_run(run), source.geometry),
+        pipeline=placed.pipeline,
+    )
+
+
 def build(run: Run, mesh: Mesh) -> Trainer | None:
     """A trainer ready to :meth:`~tessera.train.trainer.Trainer.fit`; None after a dry run, which loads no weights."""
+    adapt.fp8.require(run.memory, mesh.device)
     source = door.describe(run.model)
+    placement.check_memory(run, source)
     dtype = door.compute_dtype(source, run.model.torch_dtype, mesh.device)
     if mesh.is_main and door.slow_on(mesh.device, dtype):
         screen.note(f"--torch_dtype {run.model.torch_dtype}: {door.slow_on(mesh.device, dtype)}")
@@ -247,7 +264,8 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     torch.manual_seed(run.train.seed + mesh.rank)  # dropout draws from this: other noise on every rank
     loader = train_loader(run, train, mesh)
     groups = adapt.param_groups(model, run.train, adaptation)
-    optimizers = Optimizers(model, groups, run.train, schedule_of(run, loader.total_steps), mesh)
+    schedule, share = schedule_of(run, loader.total_steps), run.memory.optimizer_share
+    optimizers = Optimizers(model, groups, run.train, schedule, mesh, host_share=share)
     writer = checkpoint_writer(run, source, model, adaptation, optimizers, mesh)
     store = Store(place.run_dir, run.save.save_total_limit, mesh.is_main, mesh.barrier)
     store.sweep()
@@ -269,15 +287,7 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
         facts.save(place.run_dir)
         print(f"{screen.sample_lines(train)}\n{summary_screen(facts)}", flush=True)
     return Trainer(
-        engine=Engine(
-            model,
-            NextToken(run.train.loss_chunk_size, repeatable=run.parallel.pipeline_schedule == "zero_bubble"),
-            mesh,
-            dtype,
-            sync_every_microbatch=mesh.layout.zero >= 2,
-            sharder=Sharder.of(model, source.plan, mesh, placement.spread_of_run(run), source.geometry),
-            pipeline=placed.pipeline,
-        ),
+        engine=engine_of(run, placed, source, mesh, dtype),
         optimizers=optimizers,
         loader=loader,
         evals=None if val is None else partial(val_loader, run, val, mesh),

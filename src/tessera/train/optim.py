@@ -6,7 +6,8 @@ direction of the layer moves equally far. It is defined for matrices between hid
 head, norms, biases and convolutions stay with AdamW. Both are torch's own (on CPUs see :mod:`tessera.train.muon`).
 
 :class:`Optimizers` is the pair seen as one. Learning rates come from a stateless schedule; optimiser state is read
-and written by parameter *name*, which makes checkpoints independent of grouping and of the data-parallel layout.
+and written by parameter *name*, which makes checkpoints independent of grouping, of the data-parallel layout and of
+whether AdamW runs on the device or (:mod:`tessera.train.host`) on the host.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from tessera.adapt.trainable import ParamGroup
 from tessera.config.errors import UserError
 from tessera.config.run import TrainArgs
 from tessera.parallel.mesh import Mesh
+from tessera.train.host import HostAdamW, buckets, chosen
 from tessera.train.muon import Muon
 from tessera.train.schedule import Schedule
 
 # State tensors of each optimiser, by torch's own key; "step" is a 0-dim float32 on the CPU.
 _STATE_KEYS: dict[type, tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"),
+    HostAdamW: ("exp_avg", "exp_avg_sq", "step"),
     torch.optim.Muon: ("momentum_buffer",),
     Muon: ("momentum_buffer",),
 }
@@ -40,9 +43,21 @@ def _hidden_matrices(model: nn.Module) -> set[int]:
 
 
 class Optimizers:
-    """One or two torch optimisers over the trainable parameters, stepped, scheduled and saved as one."""
+    """The torch optimisers of the trainable parameters, stepped, scheduled and saved as one.
 
-    def __init__(self, model: nn.Module, groups: list[ParamGroup], args: TrainArgs, schedule: Schedule, mesh: Mesh):
+    ``host_share`` of the elements that AdamW trains are stepped on the host.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[ParamGroup],
+        args: TrainArgs,
+        schedule: Schedule,
+        mesh: Mesh,
+        *,
+        host_share: float = 0.0,
+    ):
         self.schedule = schedule
         self.names = {id(p): name for name, p in model.named_parameters()}
         matrices = _hidden_matrices(model) if args.optim == "muon" else set()
@@ -51,18 +66,26 @@ class Optimizers:
                 "--optim muon orthogonalises whole matrices and cannot run on sharded ones; "
                 "add --deepspeed zero0, or use --optim adamw_torch_fused"
             )
-        adam, muon = [], []
+        moved = chosen(((self.names[id(p)], p) for group in groups for p in group.params), host_share)
+        adam, muon, host = [], [], []
+        every = [p for group in groups for p in group.params]
+        # The order in which a norm is summed: it must not depend on where the optimiser lives.
+        self._trained = [p for kind in (False, True) for p in every if (id(p) in matrices) == kind]
         for group in groups:
             row = {"lr": group.lr, "base_lr": group.lr, "weight_decay": group.weight_decay, "name": group.name}
             inner = [p for p in group.params if id(p) in matrices]
-            outer = [p for p in group.params if id(p) not in matrices]
+            outer = [p for p in group.params if id(p) not in matrices and id(p) not in moved]
+            there = [p for p in group.params if id(p) not in matrices and id(p) in moved]
             muon += [{**row, "params": inner}] if inner else []
             adam += [{**row, "params": outer}] if outer else []
+            host += [{**row, "params": there}] if there else []
         self.parts: list[torch.optim.Optimizer] = []
+        options: dict[str, Any] = {"lr": 0.0, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        options["fused"] = args.optim != "adamw_torch"
         if adam:
-            betas = (args.adam_beta1, args.adam_beta2)
-            fused = args.optim != "adamw_torch"
-            self.parts.append(torch.optim.AdamW(adam, lr=0.0, betas=betas, eps=args.adam_epsilon, fused=fused))
+            self.parts.append(torch.optim.AdamW(adam, **options))
+        self.hosts = [HostAdamW(bucket, mesh, **options) for bucket in buckets(host)]
+        self.parts += self.hosts
         if muon:
             kind = Muon if mesh.device.type == "cpu" else torch.optim.Muon
             self.parts.append(kind(muon, lr=0.0))
@@ -71,7 +94,7 @@ class Optimizers:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter that is trained."""
-        return [p for part in self.parts for group in part.param_groups for p in group["params"]]
+        return list(self._trained)
 
     def set_step(self, step: int) -> None:
         """Set every group's rate to that of 0-based ``step``."""
@@ -85,8 +108,18 @@ class Optimizers:
         return {group["name"]: group["lr"] for part in self.parts for group in part.param_groups} or {"": 0.0}
 
     def step(self) -> None:
-        for part in self.parts:
+        """Update every parameter that has a gradient."""
+        for host in self.hosts:
+            host.fetch()
+        for part in self.parts:  # the device's first: it works while the host does
             part.step()
+        for host in self.hosts:
+            host.settle()
+
+    def refresh(self) -> None:
+        """Take note that parameters were changed from outside, by a loaded checkpoint."""
+        for host in self.hosts:
+            host.refresh()
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -105,4 +138,8 @@ class Optimizers:
                     for key in keys:
                         if key not in state:
                             state[key] = torch.zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(p)
-                        yield p, key, state[key]
+                        if isinstance(part, HostAdamW):
+                            shown = state[key] if key == "step" else part.shown(p, state[key])
+                            yield part.origins[id(p)], key, shown
+                        else:
+                            yield p, key, state[key]

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 import tessera.adapt as adapt
 from tessera.config.run import AdaptArgs
+from tessera.contract.layout import layout_of
 from tessera.models.families import family_of
 from tessera.parallel import fsdp
-from tessera.parallel.mesh import Mesh
+from tessera.parallel.mesh import Mesh, world_size
 from tests.parity import reference as ref
 from tests.ranks import run_ranks
 
@@ -23,21 +24,22 @@ SAMPLES: list[ref.Sample] = [[5, (1, 4, 6), 7], [3, (1, 8, 8), 4]]
 
 def _step(fields: dict[str, Any], quantised: bool, out: str) -> dict[str, torch.Tensor]:
     """One SGD step on the same batch per rank; the whole gradient of every trained parameter."""
-    mesh = Mesh.from_env()
+    mesh = Mesh.from_env(layout_of(world_size(), zero=3))
     config = ref.config_of("qwen3_vl")
     plan, batch = family_of(config).plan(config), ref.batch_of(config, SAMPLES)
     model = ref.ours(config)
     how = adapt.Quantisation(4) if quantised else None
     made = adapt.apply(model, AdaptArgs(**fields), plan, seed=3, quantisation=how)
-    fsdp.shard(model, plan, mesh, stage="zero3", compute_dtype=torch.float32)
+    fsdp.shard(model, plan, mesh, compute_dtype=torch.float32)
     (model(batch, ref.loss).total / batch.weight / mesh.world).backward()
     gradients = {}
     for name, parameter in model.named_parameters():
         if name in made.trainable and parameter.grad is not None:
             gradients[name] = fsdp.full(parameter.grad, mesh).detach().clone()
             parameter.data -= 0.1 * parameter.grad
-    write = mesh.rank == 0
-    adapt.save_adapter(model, made, out, base_model=None, full=lambda tensor: fsdp.full(tensor, mesh), write=write)
+    tensors = adapt.adapter_tensors(model, made, lambda tensor: fsdp.full(tensor, mesh))
+    if mesh.is_main:
+        adapt.save_adapter(tensors, made, out, base_model=None)
     return gradients
 
 

@@ -202,7 +202,12 @@ def test_sharding_from_a_deepspeed_file(tmp_path: Path) -> None:
     file.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}))
     assert run(f"{SFT} --deepspeed {file}").parallel.zero_stage == 2
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}))
-    assert "offloading to the CPU is not in this version; use zero3" in refusal(f"{SFT} --deepspeed {file}")
+    parameters = run(f"{SFT} --deepspeed {file}")
+    assert parameters.parallel.zero_stage == 3 and not parameters.memory.optimizer_cpu_offload
+    assert "parameters are sharded but stay on the device" in parameters.notes[-1]
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
+    optimizer = run(f"{SFT} --deepspeed {file}")
+    assert optimizer.parallel.zero_stage == 2 and optimizer.memory.optimizer_cpu_offload
 
 
 @pytest.mark.parametrize(
@@ -213,8 +218,7 @@ def test_sharding_from_a_deepspeed_file(tmp_path: Path) -> None:
         ("sft --model a ' '", "tessera sft: --dataset is required (the command seems cut after --model)"),
         ("infer", "tessera infer: --model or --adapters is required"),
         ("report", "tessera report RUN: the directory of a run is required"),
-        (f"{SFT} --deepspeed zero9", "--deepspeed zero9: allowed are zero0, zero1, zero2, zero3 or a DeepSpeed JSON"),
-        (f"{SFT} --deepspeed zero3_offload", "--deepspeed zero3_offload: offloading to the CPU is not in this version"),
+        (f"{SFT} --deepspeed zero9", "--deepspeed zero9: allowed are zero0, zero1, zero2, zero3, zero2_offload"),
         (f"{SFT} --deepspeed zero3 --fsdp fsdp2", "--deepspeed zero3 and --fsdp fsdp2 mean the same; give one of them"),
         (f"{SFT} --train_type full --quant_method bnb", "--train_type full cannot train a quantised model"),
         (f"{SFT} --quant_bits 4", "--quant_bits 4 needs --quant_method bnb"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tessera.config.errors import UserError
 from tessera.contract.batch import Batch
+from tessera.contract.memory import Recompute
 from tessera.models.decoder import KVCache
 from tessera.models.families import FAMILIES, family_of
 from tessera.models.vlm import VLM
@@ -109,6 +110,39 @@ def test_recompute_reaches_layers_and_blocks_separately() -> None:
         model.set_recompute(plan, decoder=decoder, tower=tower)
         trained(model, batch)
         assert counts == {"layer": 1 + decoder, "block": 1 + tower}
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        (Recompute(), {"q": (1, 1, 1), "core": (1, 1, 1), "up": (1, 1, 1), "norm": (1, 1, 1)}),
+        (Recompute("full"), {"q": (2, 2, 2), "core": (2, 2, 2), "up": (2, 2, 2), "norm": (2, 2, 2)}),
+        (Recompute("full", "uniform", 2), {"q": (2, 2, 2), "core": (2, 2, 2), "up": (2, 2, 2), "norm": (2, 2, 2)}),
+        (Recompute("full", "block", 1), {"q": (2, 1, 1), "core": (2, 1, 1), "up": (2, 1, 1), "norm": (2, 1, 1)}),
+        (Recompute("selective", modules=("mlp",)), {"q": (1,) * 3, "core": (1,) * 3, "up": (2,) * 3, "norm": (1,) * 3}),
+        (
+            Recompute("selective", modules=("layernorm",)),
+            {"q": (1,) * 3, "core": (1,) * 3, "up": (1,) * 3, "norm": (2,) * 3},
+        ),
+    ],
+)
+def test_each_layer_runs_as_often_as_it_must(how: Recompute, expected: dict[str, tuple[int, ...]]) -> None:
+    """No part is run a third time, and nothing that was kept is run a second time."""
+    config = ref.config_of("qwen3")
+    config["num_hidden_layers"] = 3
+    model = ref.ours(config).train()
+    model.set_recompute(family_of(config).plan(config), decoder=how, tower=False)
+    parts = {"q": "self_attn.q_proj", "core": "self_attn.core", "up": "mlp.up_proj", "norm": "input_layernorm"}
+    counts = {part: [0, 0, 0] for part in parts}
+    for part, path in parts.items():
+        for index in range(3):
+
+            def count(*_: object, part: str = part, index: int = index) -> None:
+                counts[part][index] += 1
+
+            model.decoder.layers[str(index)].get_submodule(path).register_forward_pre_hook(count)
+    trained(model, ref.batch_of(config, [[9], [5]]))
+    assert {part: tuple(found) for part, found in counts.items()} == expected
 
 
 @pytest.mark.parametrize("name", ref.VLMS)

@@ -116,11 +116,21 @@ def tensor_rows(decoder: str) -> tuple[tuple[str, str], ...]:
     )
 
 
+def decoder_parts(layers: str) -> dict[str, tuple[str, ...]]:
+    """The finer recompute points of our decoder's layers, which are the modules that match ``layers``."""
+    return {
+        "core_attn": (f"{layers}.self_attn.core",),
+        "mlp": (f"{layers}.mlp",),
+        "layernorm": (f"{layers}.input_layernorm", f"{layers}.post_attention_layernorm"),
+    }
+
+
 TEXT_PLAN = Plan(
     Groups(llm=("model", "lm_head")),
     fsdp_units=("model.layers.*",),
     recompute_decoder=("model.layers.*",),
     tensor=tensor_rows("model"),
+    recompute_modules=decoder_parts("model.layers.*"),
 )
 
 
@@ -132,6 +142,7 @@ def vlm_plan(aligner: Sequence[str]) -> Plan:
         recompute_decoder=("model.language_model.layers.*",),
         recompute_tower=("model.visual.blocks.*",),
         tensor=tensor_rows("model.language_model"),
+        recompute_modules=decoder_parts("model.language_model.layers.*"),
     )
 
 

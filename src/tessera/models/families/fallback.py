@@ -97,6 +97,7 @@ def plan(config: HFConfig) -> Plan:
         fsdp_units=decoder,
         recompute_decoder=decoder,
         recompute_tower=tuple(pattern for pattern in patterns if pattern not in decoder),
+        layer_loop=False,
     )
 
 
