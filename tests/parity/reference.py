@@ -17,8 +17,8 @@ from tessera.models.families import family_of
 from tessera.models.init import init_weights
 from tessera.models.vlm import VLM
 
-VLMS = ("qwen2_5_vl", "qwen3_vl")
-TEXTS = ("qwen2", "qwen3", "llama")
+VLMS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+TEXTS = ("qwen2", "qwen3", "llama", "qwen3_moe")
 Sample = Sequence[int | Grid]
 """A segment as numbers of text tokens and image grids, in order."""
 
@@ -39,6 +39,8 @@ def ours(config: dict[str, Any], seed: int = 0) -> VLM:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for buffer in model.buffers():
+            buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)
     return model
 
 

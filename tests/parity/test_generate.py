@@ -26,7 +26,7 @@ from tests.parity import reference as ref
 
 IMAGES: list[ref.Sample] = [[5, (1, 4, 6), 7], [3, (1, 8, 8), 4, (1, 4, 4), 6], [9], [2, (1, 10, 12), 11], [4]]
 TEXT: list[ref.Sample] = [[13], [5], [13], [21], [8], [1]]
-CASES = [*((name, IMAGES) for name in ref.VLMS), ("qwen3", TEXT), ("qwen2", TEXT), ("llama", TEXT)]
+CASES = [*((name, IMAGES) for name in ref.VLMS), *((name, TEXT) for name in ref.TEXTS)]
 NEW = 24
 
 

@@ -18,9 +18,14 @@ TIES = [(name, {"tie_word_embeddings": True}, TEXT) for name in ("qwen3", "llama
     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, TEXT),
     ("qwen3", {"num_key_value_heads": 4}, TEXT),
 ]
+SPARSE = [
+    ("qwen3_moe", {"norm_topk_prob": False}, TEXT),
+    ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": []}, TEXT),
+    ("qwen3_moe", {"num_experts": 64, "num_experts_per_tok": 1, "norm_topk_prob": False}, TEXT),  # most are idle
+]
 
 
-@pytest.mark.parametrize(("name", "changes", "samples"), CASES + TIES)
+@pytest.mark.parametrize(("name", "changes", "samples"), CASES + TIES + SPARSE)
 def test_forward_and_backward(name: str, changes: dict[str, Any], samples: list[ref.Sample]) -> None:
     config = ref.config_of(name, **changes)
     model = ref.ours(config)

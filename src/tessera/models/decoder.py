@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tessera.contract.batch import Segments
 from tessera.models.attention import Layout, attend
 from tessera.models.layers import GatedMLP, Recomputable, RMSNorm
+from tessera.models.moe import MoE, MoEConfig, Routing
 from tessera.models.rope import Angles, Rope, RopeConfig, rotate
 
 
@@ -45,6 +46,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tied: bool = False
+    moe: MoEConfig | None = None
 
 
 class KVCache:
@@ -125,11 +127,15 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What all layers share in one pass: the angles, the attention layout (None: a cached step), the cache."""
+    """What all layers share in one pass: the angles, the attention layout (None: a cached step), the cache.
+
+    ``routing`` collects what the routers of sparse layers do, for those who want to know.
+    """
 
     angles: Angles
     layout: Layout | None
     cache: KVCache | None = None
+    routing: Routing | None = None
 
 
 class Attention(nn.Module):
@@ -164,19 +170,26 @@ class Attention(nn.Module):
 
 
 class Layer(Recomputable):
-    """Pre-norm attention and gated MLP, each added to the residual stream ``[T, H]``."""
+    """Pre-norm attention and gated MLP (or experts), each added to the residual stream ``[T, H]``."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, index)
-        self.mlp = GatedMLP(config.hidden, config.inner, config.mlp_bias)
+        sparse = config.moe is not None and index in config.moe.layers
+        self.mlp = _experts(config, index) if sparse else GatedMLP(config.hidden, config.inner, config.mlp_bias)
         self.input_layernorm = RMSNorm(config.hidden, config.eps)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.eps)
 
     def run(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), context)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        h = self.post_attention_layernorm(x)
+        out: Tensor = x + (self.mlp(h, context.routing) if isinstance(self.mlp, MoE) else self.mlp(h))
         return out
+
+
+def _experts(config: DecoderConfig, index: int) -> MoE:
+    assert config.moe is not None
+    return MoE(config.moe, config.hidden, index)
 
 
 class Decoder(nn.Module):
@@ -203,9 +216,10 @@ class Decoder(nn.Module):
         deepstack: Sequence[Tensor] = (),
         dest: Tensor | None = None,
         cache: KVCache | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
         """``x [T, H]`` to normed hidden states ``[T, H]``; ``deepstack[i]`` is added to rows ``dest`` after layer i."""
-        context = Context(self.rope.angles(positions, x.dtype), layout, cache)
+        context = Context(self.rope.angles(positions, x.dtype), layout, cache, routing)
         for index, layer in enumerate(self.layers.values()):
             x = layer(x, context)
             if index < len(deepstack):

@@ -24,6 +24,7 @@ from tessera.contract.plan import Plan, matches
 from tessera.models.attention import permuted, plan
 from tessera.models.decoder import Decoder, DecoderConfig, KVCache
 from tessera.models.layers import Recomputable
+from tessera.models.moe import Routing
 from tessera.models.tower import Tower
 
 
@@ -59,9 +60,14 @@ class VLM(nn.Module):
         """Weight ``[V, H]`` that turns hidden states into logits."""
         return self.decoder.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, batch: Batch, objective: Objective | None = None) -> Tensor | LossSum:
-        """``objective``'s sums over ``batch``; without one the hidden states ``[T, H]`` after the final norm."""
-        hidden = self._hidden(batch)
+    def forward(
+        self, batch: Batch, objective: Objective | None = None, routing: Routing | None = None
+    ) -> Tensor | LossSum:
+        """``objective``'s sums over ``batch``; without one the hidden states ``[T, H]`` after the final norm.
+
+        ``routing`` collects what the routers did, if the model has any.
+        """
+        hidden = self._hidden(batch, routing=routing)
         return hidden if objective is None else objective(hidden, self.head_weight, batch)
 
     def prefill(self, batch: Batch, cache: KVCache) -> Tensor:
@@ -84,7 +90,7 @@ class VLM(nn.Module):
                     assert isinstance(module, Recomputable), f"{name} cannot be recomputed"
                     module.recompute = on
 
-    def _hidden(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
+    def _hidden(self, batch: Batch, cache: KVCache | None = None, routing: Routing | None = None) -> Tensor:
         decoder, media, visual = self.decoder, batch.media, self.visual
         x = decoder.embed(batch.tokens)
         layout = plan(batch.segments, causal=True, dtype=x.dtype)
@@ -99,5 +105,5 @@ class VLM(nn.Module):
             dest = media.dest if layout.inverse is None else layout.inverse.index_select(0, media.dest)
             features = visual(media, x.dtype).landing(dest.shape[0])
             x, deepstack = x.index_copy(0, dest, features.final), features.deepstack
-        hidden: Tensor = decoder(x, positions, layout, deepstack, dest, cache)
+        hidden: Tensor = decoder(x, positions, layout, deepstack, dest, cache, routing)
         return permuted(hidden, layout.inverse, layout.order)
