@@ -17,7 +17,7 @@ from tessera.models.families import family_of
 from tessera.models.init import init_weights
 from tessera.models.vlm import VLM
 
-VLMS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+VLMS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v_moe")
 TEXTS = ("qwen2", "qwen3", "llama", "qwen3_moe")
 Sample = Sequence[int | Grid]
 """A segment as numbers of text tokens and image grids, in order."""
