@@ -16,34 +16,58 @@ row on entry and restores the order on exit, and nobody outside can tell.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
-from tessera.contract.batch import Batch
+from tessera.contract.batch import Batch, Media
 from tessera.contract.model import LossSum, Objective
 from tessera.contract.plan import Plan, matches
 from tessera.models.attention import permuted, plan
 from tessera.models.decoder import Decoder, DecoderConfig, KVCache
 from tessera.models.layers import Recomputable
 from tessera.models.moe import Routing
-from tessera.models.tower import Tower
+from tessera.models.tower import Features, Tower
 
 
 class Trunk(nn.Module):
-    """Tower and decoder side by side; exists for the names ``model.visual`` and ``model.language_model``."""
+    """Tower and decoder side by side; exists for the names ``model.visual`` and ``model.language_model``.
+
+    A subclass may hold what it sees with under other names.
+    """
 
     def __init__(self, visual: Tower, language_model: Decoder) -> None:
         super().__init__()
         self.visual = visual
         self.language_model = language_model
 
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower, whatever its name."""
+        return self.visual
+
+    def look(self, media: Media, dtype: torch.dtype) -> Features:
+        """Features of all items of ``media``, in order, as ``dtype``."""
+        out: Features = self.visual(media, dtype)
+        return out
+
 
 class VLM(nn.Module):
-    """A decoder, with or without a vision tower; see the module docstring."""
+    """A decoder, with or without a vision tower; see the module docstring.
 
-    def __init__(self, config: DecoderConfig, visual: Tower | None = None) -> None:
+    ``visual`` stands beside the decoder in a :class:`Trunk`; ``trunk`` makes another trunk around the decoder.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, visual: Tower | None = None, trunk: Callable[[Decoder], Trunk] | None = None
+    ) -> None:
         super().__init__()
         decoder = Decoder(config)
-        self.model = decoder if visual is None else Trunk(visual, decoder)
+        if visual is not None:
+            self.model: Trunk | Decoder = Trunk(visual, decoder)
+        else:
+            self.model = decoder if trunk is None else trunk(decoder)
         # A tied head has no parameter of its own: transformers, too, stores only the embedding.
         self.lm_head = None if config.tied else nn.Linear(config.hidden, config.vocab, bias=False)
 
@@ -52,8 +76,8 @@ class VLM(nn.Module):
         return self.model.language_model if isinstance(self.model, Trunk) else self.model
 
     @property
-    def visual(self) -> Tower | None:
-        return self.model.visual if isinstance(self.model, Trunk) else None
+    def visual(self) -> nn.Module | None:
+        return self.model.tower if isinstance(self.model, Trunk) else None
 
     @property
     def head_weight(self) -> Tensor:
@@ -91,7 +115,7 @@ class VLM(nn.Module):
                     module.recompute = on
 
     def _hidden(self, batch: Batch, cache: KVCache | None = None, routing: Routing | None = None) -> Tensor:
-        decoder, media, visual = self.decoder, batch.media, self.visual
+        decoder, media, trunk = self.decoder, batch.media, self.model
         x = decoder.embed(batch.tokens)
         layout = plan(batch.segments, causal=True, dtype=x.dtype)
         x, positions = permuted(x, layout.order, layout.inverse), batch.positions
@@ -101,9 +125,9 @@ class VLM(nn.Module):
             cache.fill(batch.segments, layout.order)
         dest: Tensor | None = None
         deepstack: tuple[Tensor, ...] = ()
-        if media is not None and visual is not None:
+        if media is not None and isinstance(trunk, Trunk):
             dest = media.dest if layout.inverse is None else layout.inverse.index_select(0, media.dest)
-            features = visual(media, x.dtype).landing(dest.shape[0])
+            features = trunk.look(media, x.dtype).landing(dest.shape[0])
             x, deepstack = x.index_copy(0, dest, features.final), features.deepstack
         hidden: Tensor = decoder(x, positions, layout, deepstack, dest, cache, routing)
         return permuted(hidden, layout.inverse, layout.order)

@@ -16,6 +16,7 @@ FAMILIES: dict[str, str] = {
     "qwen3_vl": "tessera.models.families.qwen3_vl:FAMILY",
     "qwen3_vl_moe": "tessera.models.families.qwen3_vl_moe:FAMILY",
     "glm4v_moe": "tessera.models.families.glm4v_moe:FAMILY",
+    "internvl": "tessera.models.families.internvl:FAMILY",
     "qwen2": "tessera.models.families.qwen2:FAMILY",
     "qwen3": "tessera.models.families.qwen3:FAMILY",
     "qwen3_moe": "tessera.models.families.qwen3_moe:FAMILY",
