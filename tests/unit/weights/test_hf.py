@@ -99,6 +99,30 @@ def test_no_op_round_trip_of_the_layout_on_the_hub(tmp_path: Path, name: str, sh
     same_files(source, tmp_path / "out")
 
 
+def test_experts_inside_another_family_are_named_like_it(tmp_path: Path) -> None:
+    """A sparse decoder behind a tower that renames everything: transformers loads what we write, and we what it writes."""
+    from transformers import AutoModelForImageTextToText
+
+    text = {key: value for key, value in ref.config_of("qwen3_moe").items() if key != "architectures"}
+    config = ref.config_of("internvl", text_config=text)
+    original = ref.ours(config)
+    released = family_of(config).weightmap(config, [])
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    save(original.state_dict(), source, released)
+    names = Checkpoint(source).names
+    assert "language_model.model.layers.1.mlp.experts.7.up_proj.weight" in names
+    assert "language_model.lm_head.weight" in names and "vision_tower.embeddings.cls_token" in names
+    model, report = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    state = original.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    model.save_pretrained(tmp_path / "theirs")
+    again, _ = loaded(tmp_path / "theirs", config)
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+
+
 @pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("inner", [48, 32, 64])  # 32: gate_up is square, 64: down is
 def test_experts_lie_either_way(tmp_path: Path, turned: bool, inner: int) -> None:
