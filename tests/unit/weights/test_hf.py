@@ -100,7 +100,7 @@ def test_no_op_round_trip_of_the_layout_on_the_hub(tmp_path: Path, name: str, sh
 
 
 def test_experts_inside_another_family_are_named_like_it(tmp_path: Path) -> None:
-    """A sparse decoder behind a tower that renames everything: transformers loads what we write, and we what it writes."""
+    """A sparse decoder behind a tower that renames everything: both read what the other writes."""
     from transformers import AutoModelForImageTextToText
 
     text = {key: value for key, value in ref.config_of("qwen3_moe").items() if key != "architectures"}
