@@ -11,7 +11,8 @@ adapted, the tower and the aligner join when they are unfrozen, and the head nev
 The choice is written to ``adapter_config.json`` as one regular expression over module names, as other tools do, so
 that any reader of the file selects the same modules. It is built from the names' endings: ``q_proj``, but
 ``attn\\.proj`` where ``proj`` alone would also hit the patch convolution. Names given explicitly are suffixes, like
-in ``peft``: ``q_proj`` means every module called so, frozen part or not.
+in ``peft``: ``q_proj`` means every module called so, frozen part or not. Experts are linear layers too, though stacked
+ones: ``all-linear`` adapts them wherever it adapts the language model (``adapt/experts.py``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from tessera.adapt.experts import names_in
 from tessera.config.errors import UserError
 from tessera.config.run import AdaptArgs
 from tessera.contract.plan import Groups, within
@@ -33,10 +35,14 @@ HEADS = ("lm_head", "score", "v_head", "classifier")
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The chosen modules: full ``names``, and ``spec``, how ``adapter_config.json`` says it (regex or suffixes)."""
+    """The chosen modules: full ``names``, and ``spec``, how ``adapter_config.json`` says it (regex or suffixes).
+
+    ``experts`` are the stacks of expert matrices adapted besides, which the file names as parameters.
+    """
 
     names: tuple[str, ...]
     spec: str | tuple[str, ...]
+    experts: tuple[str, ...] = ()
 
 
 def ends_with(name: str, suffix: str) -> bool:
@@ -83,7 +89,13 @@ def _all_linear(model: nn.Module, args: AdaptArgs, groups: Groups) -> Targets:
         spec = tuple(sorted({name.rpartition(".")[2] for name in names}))
         found = [name for name, _ in model.named_modules() if any(ends_with(name, suffix) for suffix in spec)]
     assert sorted(found) == sorted(names), f"{spec} selects {set(found) ^ set(names)} differently"
-    return Targets(tuple(names), spec)
+    stacks = () if args.freeze_llm else names_in(model)
+    if stacks and args.use_dora:
+        raise UserError(
+            "--use_dora true: experts cannot have a DoRA adapter and all-linear means them too; "
+            "name linear layers, such as --target_modules q_proj k_proj v_proj o_proj, or drop --use_dora"
+        )
+    return Targets(tuple(names), spec, stacks)
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -17,6 +17,10 @@ SAMPLES: dict[str, list[ref.Sample]] = {
     "qwen2": [[13], [5]],
     "qwen3": [[13], [5]],
     "llama": [[13], [5]],
+    "qwen3_moe": [[13], [5]],
+    "qwen3_vl_moe": [[5, (1, 4, 6), 7], [3, (1, 8, 8), 4]],
+    "glm4v_moe": [[5, (1, 4, 6), 7], [3, (1, 8, 8), 4]],
+    "internvl": [[5, (1, 4, 6), 7], [3, (1, 8, 8), 4]],
 }
 EVERYWHERE = {"freeze_vit": False, "freeze_aligner": False}
 
@@ -35,6 +39,8 @@ def test_there_and_back(name: str, variant: dict, adapt_args, shake, tmp_path: P
     config = ref.config_of(name)
     plan, batch = family_of(config).plan(config), ref.batch_of(config, SAMPLES[name])
     model = ref.ours(config).eval()
+    if "moe" in name and "use_dora" in variant:
+        variant = {"use_rslora": True, **EVERYWHERE}
     base = ref.theirs(config, model).eval()
     before = ref.logits_of(model, batch)
     made = adapt.apply(model, adapt_args(**variant), plan, seed=1)
