@@ -58,7 +58,7 @@ def apply(
     config = lora.inject(model, chosen, saved, args, seed=seed, quantised=bool(quantised))
     names = trainable.trainable_names(model)
     return Adaptation(
-        "lora", plan.groups, names, (*chosen.names, *chosen.experts), saved, quantised, config, args.lorap_lr_ratio
+        "lora", plan.groups, names, (*chosen.names, *chosen.stacks), saved, quantised, config, args.lorap_lr_ratio
     )
 
 

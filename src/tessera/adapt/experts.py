@@ -1,4 +1,4 @@
-"""Low-rank adapters for experts, which are not linear layers but stacks of matrices.
+"""Low-rank adapters for experts and routers, which are not linear layers but stacks of matrices, and scores.
 
 Every expert gets its own pair ``A [r, in]``, ``B [out, r]`` for each of its two matrices, stacked like the experts
 themselves: ``A [E, r, in]``, ``B [E, out, r]``. So whoever holds some of the experts holds the same rows of their
@@ -12,6 +12,7 @@ spell them ``experts.base_layer.lora_A`` (gate_up_proj, wrapped first) and ``exp
     B [E, out, r]  <->  [out, r * E]      the expert runs fastest
 
 It has neither dropout nor DoRA for them, and one dropout per file, so an adapter that covers experts has none at all.
+A router's adapter (``--target_modules all-router``) is an ordinary pair beside its weight.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from tessera.models.layers import gated
-from tessera.models.moe import Experts, grouped_product
+from tessera.models.moe import Experts, Router, grouped_product
 
 PARTS: Mapping[str, str] = {"gate_up_proj": ".base_layer", "down_proj": ""}
 """The adapted parameters, and what peft puts behind the module's name for each."""
+
+ROUTER = "mlp.gate.weight"
+"""How ``adapter_config.json`` names a router."""
 
 TARGETS = tuple(f"mlp.experts.{part}" for part in PARTS)
 """How ``adapter_config.json`` names them (``target_parameters``)."""
@@ -35,7 +39,7 @@ TARGETS = tuple(f"mlp.experts.{part}" for part in PARTS)
 ALIKE = ("gate_proj", "up_proj", "down_proj")
 """What the matrices of a single expert are called, and those of dense and shared MLPs too."""
 
-_OURS = re.compile(r"(.+)\.lora_([AB])_(gate_up_proj|down_proj)")
+_OURS = re.compile(r"(.+)\.lora_([AB])_(gate_up_proj|down_proj|weight)")
 
 
 class ExpertLora(nn.Module):
@@ -84,20 +88,65 @@ class ExpertLora(nn.Module):
         return self.base_layer
 
 
+class RouterLora(nn.Module):
+    """A router with an adapter beside its weight; float32 masters."""
+
+    def __init__(self, base: Router, rank: int, scaling: float) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.scaling = scaling
+        (experts, hidden), device = base.weight.shape, base.weight.device
+        self.lora_A_weight = nn.Parameter(torch.zeros(rank, hidden, dtype=torch.float32, device=device))
+        self.lora_B_weight = nn.Parameter(torch.zeros(experts, rank, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As the router, with the sum of its weight and the adapter's."""
+        weight = self.base_layer.weight
+        return self.base_layer.route(x, weight + (self.scaling * (self.lora_B_weight @ self.lora_A_weight)).to(weight))
+
+    @torch.no_grad()
+    def initialise(self, name: str, seed: int) -> None:
+        """A uniform in +-1/sqrt(in) and B zero: a function of (seed, name)."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        bound = self.lora_A_weight.shape[-1] ** -0.5
+        self.lora_A_weight.copy_(torch.empty(self.lora_A_weight.shape).uniform_(-bound, bound, generator=generator))
+        self.lora_B_weight.zero_()
+
+    @torch.no_grad()
+    def merged(self) -> Router:
+        """The router with its adapter added, in float32 and then in its own type."""
+        weight = self.base_layer.weight.data
+        weight.copy_(weight.float() + self.scaling * (self.lora_B_weight.float() @ self.lora_A_weight.float()))
+        return self.base_layer
+
+
+def routers_in(model: nn.Module) -> tuple[str, ...]:
+    """Full names of the plain routers of ``model``."""
+    return tuple(name for name, module in model.named_modules() if isinstance(module, Router))
+
+
 def names_in(model: nn.Module) -> tuple[str, ...]:
     """Full names of the plain experts of ``model``."""
     return tuple(name for name, module in model.named_modules() if isinstance(module, Experts))
 
 
-def wrap(model: nn.Module, names: Sequence[str], rank: int, scaling: float) -> list[tuple[str, ExpertLora]]:
-    """Put adapters, of zeros, beside the experts ``names``; in place."""
-    made = []
+def wrap(
+    model: nn.Module, names: Sequence[str], rank: int, scaling: float
+) -> list[tuple[str, ExpertLora | RouterLora]]:
+    """Put adapters, of zeros, beside the experts and routers ``names``; in place."""
+    made: list[tuple[str, ExpertLora | RouterLora]] = []
     for name in names:
         base = model.get_submodule(name)
-        assert isinstance(base, Experts)
-        made.append((name, ExpertLora(base, rank, scaling)))
-        model.set_submodule(name, made[-1][1])
+        assert isinstance(base, Experts | Router)
+        one = ExpertLora(base, rank, scaling) if isinstance(base, Experts) else RouterLora(base, rank, scaling)
+        made.append((name, one))
+        model.set_submodule(name, one)
     return made
+
+
+def wrapped_in(model: nn.Module) -> list[tuple[str, ExpertLora | RouterLora]]:
+    """Every adapted stack of experts and every adapted router, by name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, ExpertLora | RouterLora)]
 
 
 def to_file(name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
@@ -106,13 +155,21 @@ def to_file(name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
     if found is None:
         return None
     module, side, part = found.groups()
+    if part == "weight":
+        return f"{module}.lora_{side}.weight", tensor
     flat = tensor.flatten(0, 1) if side == "A" else tensor.permute(1, 2, 0).flatten(1)
     return f"{module}{PARTS[part]}.lora_{side}.weight", flat
 
 
-def from_file(tensors: Mapping[str, Tensor], sizes: Mapping[str, int], adapter: str) -> dict[str, Tensor]:
-    """``tensors`` by peft's names in memory, those of the experts ``sizes`` (name -> how many) as ours."""
+def from_file(
+    tensors: Mapping[str, Tensor], sizes: Mapping[str, int], adapter: str, routers: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """``tensors`` by peft's names in memory, those of experts ``sizes`` (name -> how many) and ``routers`` as ours."""
     out = dict(tensors)
+    for module in routers:
+        for side in "AB":
+            held = out.pop(f"{module}.lora_{side}.{adapter}.weight", None)
+            out |= {} if held is None else {f"{module}.lora_{side}_weight": held}
     for module, experts in sizes.items():
         for part, nested in PARTS.items():
             for side in "AB":

@@ -96,7 +96,7 @@ def inject(
     model: nn.Module, targets: Targets, saved: Sequence[str], args: AdaptArgs, *, seed: int, quantised: bool
 ) -> LoraConfig:
     """Put fresh adapters beside ``targets`` and freeze everything else but the ``saved`` modules; in place."""
-    clash = [name for name in (*targets.names, *targets.experts) if within(saved, name)]
+    clash = [name for name in (*targets.names, *targets.stacks) if within(saved, name)]
     if clash:
         raise UserError(
             f"--modules_to_save: {clash[0]} would be both adapted and trained whole; freeze its part "
@@ -115,31 +115,33 @@ def inject(
             target_modules=targets.spec if isinstance(targets.spec, str) else list(targets.spec),
             task_type="CAUSAL_LM",
         )
-    if targets.experts:
+    if targets.stacks:
         # peft has no dropout for experts, and its files have one for all; see adapt/experts.py.
         config.lora_dropout = 0.0
-    _inject(model, config, quantised=quantised)
+    _inject(model, config, quantised=quantised, nothing=not targets.names)
     adapted = {name for name, _ in _lora_layers(model)}
     assert adapted == set(targets.names), f"peft adapted {adapted ^ set(targets.names)} differently"
     for name, layer in _lora_layers(model):
         _initialise(layer, name, seed)
-    for name, stack in experts.wrap(model, targets.experts, config.r, _scaling(config)):
+    for name, stack in experts.wrap(model, targets.stacks, config.r, _scaling(config)):
         stack.initialise(name, seed)
     _train_whole(model, saved)
     config.modules_to_save = list(saved) or None
-    if targets.experts:
+    if targets.stacks:
         _name_for_peft(config, targets)
     return config
 
 
 def _name_for_peft(config: LoraConfig, targets: Targets) -> None:
-    """Make ``config`` name the experts, and other layers so that peft finds them.
+    """Make ``config`` name experts and routers, and other layers so that peft finds them.
 
     For some sparse models peft takes a *module* target called like an expert's matrix to mean the experts of an older
     naming, and no other module. A weight that is named as a parameter has one meaning; the tensors are the same.
     """
     alike = [name for name in targets.names if name.rpartition(".")[2] in experts.ALIKE]
-    config.target_parameters = [*experts.TARGETS, *(f"{name}.weight" for name in alike)]
+    config.target_parameters = [f"{name}.weight" for name in alike]
+    config.target_parameters += [*experts.TARGETS] if targets.experts else []
+    config.target_parameters += [experts.ROUTER] if targets.routers else []
     if alike:
         config.target_modules = sorted(set(targets.names) - set(alike))
 
@@ -148,12 +150,18 @@ def _scaling(config: LoraConfig) -> float:
     return float(config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
 
 
-def _inject(model: nn.Module, config: LoraConfig, *, quantised: bool) -> None:
-    """peft's layers with float32 parameters; leaves the global random state and the model's attributes alone."""
-    if next(_lora_layers(model), None) is not None:
+def _inject(model: nn.Module, config: LoraConfig, *, quantised: bool, nothing: bool = False) -> None:
+    """peft's layers with float32 parameters; leaves the global random state and the model's attributes alone.
+
+    ``nothing``: there is no layer to adapt, which peft refuses, and all that is left is to freeze the model.
+    """
+    if next(_lora_layers(model), None) is not None or experts.wrapped_in(model):
         raise UserError(
             "--adapters: this model has an adapter already; merge one (tessera export) before adding another"
         )
+    if nothing:
+        model.requires_grad_(False)
+        return
     with peft_imports(quantised=quantised), torch.random.fork_rng(devices=[]):
         from peft import inject_adapter_in_model
 
@@ -282,8 +290,10 @@ def load_adapter(
     config = _read_config(Path(directory))
     tensors = {_memory_name(key, rename): tensor for key, tensor in _read_tensors(Path(directory)).items()}
     sizes = {name: model.get_parameter(f"{name}.down_proj").shape[0] for name in experts.names_in(model)}
-    stacks = [name for name in sizes if f"{name}.lora_A.{_NAME}.weight" in tensors]
-    tensors = experts.from_file(tensors, {name: sizes[name] for name in stacks}, _NAME)
+    known = (*sizes, *experts.routers_in(model))
+    stacks = [name for name in known if f"{name}.lora_A.{_NAME}.weight" in tensors]
+    held = {name: size for name, size in sizes.items() if name in stacks}
+    tensors = experts.from_file(tensors, held, _NAME, [name for name in stacks if name not in held])
     names = sorted({name.partition(".lora_")[0] for name in tensors if _is_adapter(name)} - set(stacks))
     adaptable = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in names:
@@ -298,7 +308,7 @@ def load_adapter(
     exact.target_modules, exact.modules_to_save, exact.exclude_modules = set(names), None, None
     exact.layers_to_transform, exact.layers_pattern, exact.init_lora_weights = None, None, True
     exact.inference_mode, exact.target_parameters = False, None
-    _inject(model, exact, quantised=bool(quantised))
+    _inject(model, exact, quantised=bool(quantised), nothing=not names)
     experts.wrap(model, stacks, config.r, _scaling(config))
     if trainable:
         _train_whole(model, saved)
@@ -418,7 +428,7 @@ def merge(model: nn.Module) -> int:
             assert base.bias is not None, f"{name}: peft refuses lora_bias on a layer without a bias"
             base.bias.data += (extra * layer.scaling[_NAME]).to(base.bias.dtype)
         model.set_submodule(name, base)
-    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, experts.ExpertLora)]
+    stacks = experts.wrapped_in(model)
     for name, stack in stacks:
         model.set_submodule(name, stack.merged())
     return len(layers) + len(stacks)

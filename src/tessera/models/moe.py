@@ -107,14 +107,18 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``x [T, H]`` to ``weights [T, k]``, ``chosen [T, k]`` and each token's scores, ``[T, E]`` summing to one."""
+        return self.route(x, self.weight)
+
+    def route(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with another ``weight [E, H]`` than its own."""
         if self.config.scoring == "softmax":
-            scores = F.linear(x, self.weight).softmax(-1, dtype=torch.float32)
+            scores = F.linear(x, weight).softmax(-1, dtype=torch.float32)
             weights, chosen = scores.topk(self.config.top_k, dim=-1)
             shares = scores
         else:
             # Scores that differ by a rounding change the choice, so this is float32 whatever the rest computes in.
             with torch.autocast(x.device.type, enabled=False):
-                scores = F.linear(x.float(), self.weight.float()).sigmoid()
+                scores = F.linear(x.float(), weight.float()).sigmoid()
             chosen = self._allowed(scores.detach() + self.e_score_correction_bias).topk(self.config.top_k, dim=-1)[1]
             weights = scores.gather(1, chosen)
             shares = scores / (scores.sum(-1, keepdim=True) + 1e-20)

@@ -102,5 +102,10 @@ def test_what_experts_cannot_have_is_refused(adapt_args) -> None:
         adapt.apply(ref.ours(config), adapt_args(use_dora=True), plan, seed=1)
     linear = adapt.apply(ref.ours(config), adapt_args(use_dora=True, target_modules=("q_proj",)), plan, seed=1)
     assert not any("experts" in name for name in linear.targets)
+    with pytest.raises(UserError, match="DoRA|use_dora"):
+        adapt.apply(ref.ours(config), adapt_args(use_dora=True, target_modules=("all-router",)), plan, seed=1)
+    dense = ref.config_of("qwen3")
+    with pytest.raises(UserError, match="no router"):
+        adapt.apply(ref.ours(dense), adapt_args(target_modules=("all-router",)), plan, seed=1)
     with pytest.raises(UserError, match="both adapted and trained whole"):
         adapt.apply(ref.ours(config), adapt_args(modules_to_save=("experts",)), plan, seed=1)

@@ -29,6 +29,14 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert (ours - theirs).abs().max() < 5e-6 * theirs.abs().max()
 
 
+ROUTERS = ({"target_modules": ("all-router",)}, {"target_modules": ("all-linear", "all-router")})
+
+
+@pytest.mark.parametrize(("name", "variant"), [(name, how) for name in SAMPLES if "moe" in name for how in ROUTERS])
+def test_routers_there_and_back(name: str, variant: dict, adapt_args, shake, tmp_path: Path) -> None:
+    test_there_and_back(name, variant, adapt_args, shake, tmp_path)
+
+
 @pytest.mark.parametrize("name", list(SAMPLES))
 @pytest.mark.parametrize(
     "variant", [{}, {"use_dora": True, **EVERYWHERE}, {"modules_to_save": ("embed_tokens",), "lora_bias": "all"}]
