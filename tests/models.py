@@ -29,6 +29,8 @@ def make_model_dir(
     if "vision_config" in config:
         size = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
         processor = {"patch_size": config["vision_config"]["patch_size"], "merge_size": 2, "size": size}
+        if name == "internvl":
+            processor = {"size": {"height": 56, "width": 56}, "crop_to_patches": True, "max_patches": 4}
         (directory / "preprocessor_config.json").write_text(json.dumps(processor))
     with torch.device("meta"):
         module = family.build(config)

@@ -45,8 +45,22 @@ TEMPLATES: Mapping[str, str] = {
     "qwen2": _DEFAULT_SYSTEM + _TURNS,
     "qwen3": _TURNS,
     "llama": _TURNS,
+    "qwen3_moe": _TURNS,
+    "qwen3_vl_moe": _TURNS,
+    "glm4v_moe": _TURNS,
+    "internvl": _TURNS,
 }
 """Chat templates shaped like the families': ChatML, with or without a default system turn."""
+
+SPELLINGS: Mapping[str, Mapping[str, str]] = {
+    "glm4v_moe": {
+        "<|vision_start|>": "<|begin_of_image|>",
+        "<|vision_end|>": "<|end_of_image|>",
+        "<|image_pad|>": "<|image|>",
+    },
+    "internvl": {"<|vision_start|>": "<img>", "<|vision_end|>": "</img>", "<|image_pad|>": "<IMG_CONTEXT>"},
+}
+"""What families call the same tokens."""
 
 _TEXT = (
     "The quick brown fox jumps over the lazy dog. Describe the image. What is written here? You are a helpful",
@@ -58,14 +72,14 @@ def make_tokenizer_dir(path: str | Path, family: str = "qwen2_5_vl", *, template
     """Write tokenizer.json (byte-level BPE, at most ``VOCABULARY`` ids), tokenizer_config.json, chat_template.jinja."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    directory = Path(path)
+    directory, names = Path(path), SPELLINGS.get(family, {})
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
+        special_tokens=[AddedToken(names.get(token, token), special=True, normalized=False) for token in SPECIAL],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -79,7 +93,10 @@ def make_tokenizer_dir(path: str | Path, family: str = "qwen2_5_vl", *, template
         "clean_up_tokenization_spaces": False,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    (directory / "chat_template.jinja").write_text(template if template is not None else TEMPLATES[family])
+    turns = template if template is not None else TEMPLATES[family]
+    for token, name in names.items():
+        turns = turns.replace(token, name)
+    (directory / "chat_template.jinja").write_text(turns)
     return directory
 
 

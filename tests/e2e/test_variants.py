@@ -44,7 +44,8 @@ FLAGS = {
     "pil": ["--image_resize", "pil", "--max_pixels", "4096"],
     "eval": ["--split_dataset_ratio", "0.2", "--eval_steps", "1", "--save_total_limit", "1", "--save_steps", "1"],
 }
-TEXT = ("qwen2", "qwen3", "llama")
+TEXT = ("qwen2", "qwen3", "llama", "qwen3_moe")
+SEEING = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v_moe", "internvl")
 SHORT = ("--max_steps", "2", "--gradient_accumulation_steps", "2", *QUICK)
 
 
@@ -52,7 +53,7 @@ SHORT = ("--max_steps", "2", "--gradient_accumulation_steps", "2", *QUICK)
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models of every family and one dataset with images and one without."""
     root = tmp_path_factory.mktemp("variants")
-    for name in (*TEXT, "qwen2_5_vl", "qwen3_vl"):
+    for name in (*TEXT, *SEEING):
         make_model_dir(root / name, name)
     make_images(root / "images", [(64, 48), (100, 60)])
     images = [str(path) for path in sorted((root / "images").iterdir())]
@@ -86,7 +87,7 @@ def test_ways_to_train(shared: Path, tmp_path: Path, way: str) -> None:
         assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("model", [*TEXT, "qwen2_5_vl"])
+@pytest.mark.parametrize("model", [*TEXT, *(name for name in SEEING if name != "qwen3_vl")])
 def test_families(shared: Path, tmp_path: Path, model: str) -> None:
     train(shared, tmp_path / "lora", model=model)
     last = train(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,10 +14,12 @@ from tessera.contract.batch import Batch, Grid, Media, Segments
 from tessera.contract.model import Geometry, Head, LossSum, MediaItem
 from tessera.models.families import family_of
 from tessera.models.init import init_weights
+from tessera.models.tiled import TiledGeometry
+from tessera.models.tower import channel_major, normalise
 from tessera.models.vlm import VLM
 
-VLMS = ("qwen2_5_vl", "qwen3_vl")
-TEXTS = ("qwen2", "qwen3", "llama")
+VLMS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v_moe", "internvl")
+TEXTS = ("qwen2", "qwen3", "llama", "qwen3_moe")
 Sample = Sequence[int | Grid]
 """A segment as numbers of text tokens and image grids, in order."""
 
@@ -39,6 +40,8 @@ def ours(config: dict[str, Any], seed: int = 0) -> VLM:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for buffer in model.buffers():
+            buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)
     return model
 
 
@@ -60,6 +63,43 @@ def geometry_of(config: dict[str, Any]) -> Geometry:
     return family_of(config).geometry(config, {})
 
 
+def fitted(geometry: Geometry, grid: Grid) -> Grid:
+    """``grid`` as the model could have it: a model of tiles gets as many as hold its patches."""
+    if not isinstance(geometry, TiledGeometry):
+        return grid
+    across = geometry.side // geometry.patch_size
+    return -(-grid[1] * grid[2] // across**2), across, across
+
+
+def tile_pixels(patches: Tensor, size: Grid, geometry: Geometry) -> Tensor:
+    """``pixel_values [n, C, S, S]`` from an item's normalised ``patches``, in our order."""
+    tiles, down, across = size
+    patch, merge = geometry.patch_size, geometry.merge_size
+    blocks = patches.view(tiles, down // merge, across // merge, merge, merge, patch, patch, 3)
+    return blocks.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(tiles, 3, down * patch, across * patch)
+
+
+def media_arguments(config: dict[str, Any], batch: Batch) -> list[dict[str, Any]]:
+    """What transformers' model of ``config`` takes beside the tokens, per segment."""
+    geometry, media, start, found = geometry_of(config), batch.media, 0, []
+    for index, ids in enumerate(batch.tokens.split(list(batch.segments.lengths))):
+        sizes = [] if media is None else [g for g, o in zip(media.sizes, media.owners, strict=True) if o == index]
+        if not sizes or media is None or media.minimal:
+            found.append({})
+            continue
+        counts = [t * h * w for t, h, w in sizes]
+        patches = normalise(media.patches[start : start + sum(counts)], media.normalisation)
+        start += sum(counts)
+        if isinstance(geometry, TiledGeometry):
+            parts = zip(patches.split(counts), sizes, strict=True)
+            found.append({"pixel_values": torch.cat([tile_pixels(part, size, geometry) for part, size in parts])})
+            continue
+        kinds = (ids[None] == geometry.pad_ids["image"]).int()
+        pixels = channel_major(patches, 3)
+        found.append({"pixel_values": pixels, "image_grid_thw": torch.tensor(sizes), "mm_token_type_ids": kinds})
+    return found
+
+
 def segment(config: dict[str, Any], sample: Sample, generator: torch.Generator) -> tuple[Tensor, list[MediaItem]]:
     """Random tokens of one segment (ids from 10 on, pads from the config) and its media."""
     geometry, parts, items = geometry_of(config), [], []
@@ -67,7 +107,7 @@ def segment(config: dict[str, Any], sample: Sample, generator: torch.Generator) 
         if isinstance(part, int):
             parts.append(torch.randint(10, 256, (part,), generator=generator))
         else:
-            item = MediaItem("image", part)
+            item = MediaItem("image", fitted(geometry, part))
             items.append(item)
             parts.append(torch.full((sum(geometry.slots(item)),), geometry.pad_ids["image"]))
     return torch.cat(parts), items
@@ -128,25 +168,9 @@ def logits_of(model: VLM, batch: Batch) -> Tensor:
 
 def reference_logits(reference: nn.Module, config: dict[str, Any], batch: Batch) -> Tensor:
     """transformers' logits ``[T, V]``: one call per segment, nothing packed, its own position computation."""
-    from tessera.models.tower import channel_major, normalise
-
-    outs, patch_start = [], 0
-    starts = batch.segments.cu_seqlens.tolist()
-    for index, (start, end) in enumerate(pairwise(starts)):
-        ids = batch.tokens[None, start:end]
-        extra: dict[str, Any] = {}
-        media = batch.media
-        sizes = [] if media is None else [g for g, o in zip(media.sizes, media.owners, strict=False) if o == index]
-        if sizes and media is not None:
-            count = sum(t * h * w for t, h, w in sizes)
-            patches = media.patches[patch_start : patch_start + count]
-            patch_start += count
-            extra = {
-                "pixel_values": channel_major(normalise(patches, media.normalisation), 3),
-                "image_grid_thw": torch.tensor(sizes),
-                "mm_token_type_ids": (ids == geometry_of(config).pad_ids["image"]).int(),
-            }
-        outs.append(reference(input_ids=ids, use_cache=False, **extra).logits[0])
+    outs, extras = [], media_arguments(config, batch)
+    for ids, extra in zip(batch.tokens.split(list(batch.segments.lengths)), extras, strict=True):
+        outs.append(reference(input_ids=ids[None], use_cache=False, **extra).logits[0])
     return torch.cat(outs)
 
 

@@ -19,14 +19,13 @@ from tessera.infer import run as infer
 from tessera.infer.generate import Answer, Generator, Limits
 from tessera.infer.results import read_results
 from tessera.infer.sampling import Sampling
-from tessera.models.tower import channel_major, normalise
 from tessera.recipes import export
 from tests.disk import save_checkpoint
 from tests.parity import reference as ref
 
 IMAGES: list[ref.Sample] = [[5, (1, 4, 6), 7], [3, (1, 8, 8), 4, (1, 4, 4), 6], [9], [2, (1, 10, 12), 11], [4]]
 TEXT: list[ref.Sample] = [[13], [5], [13], [21], [8], [1]]
-CASES = [*((name, IMAGES) for name in ref.VLMS), ("qwen3", TEXT), ("qwen2", TEXT), ("llama", TEXT)]
+CASES = [*((name, IMAGES) for name in ref.VLMS), *((name, TEXT) for name in ref.TEXTS)]
 NEW = 24
 
 
@@ -37,22 +36,10 @@ def answers(model: Any, batch: Batch, sampling: Sampling, stops: set[int], limit
 
 def expected(theirs: nn.Module, config: dict[str, Any], batch: Batch, stops: set[int], **how: Any) -> list[list[int]]:
     """transformers' answers, one call per prompt, without the token that ended them."""
-    out, patch = [], 0
-    for row, tokens in enumerate(batch.tokens.split(list(batch.segments.lengths))):
+    out = []
+    rows = zip(batch.tokens.split(list(batch.segments.lengths)), ref.media_arguments(config, batch), strict=True)
+    for tokens, extra in rows:
         ids = tokens[None]
-        extra: dict[str, Any] = {}
-        media = batch.media
-        sizes = [g for g, owner in zip(media.sizes, media.owners, strict=True) if owner == row] if media else []
-        if media is not None and sizes:
-            count = sum(t * h * w for t, h, w in sizes)
-            pixels = channel_major(normalise(media.patches[patch : patch + count], media.normalisation), 3)
-            patch += count
-            pads = ref.geometry_of(config).pad_ids["image"]
-            extra = {
-                "pixel_values": pixels,
-                "image_grid_thw": torch.tensor(sizes),
-                "mm_token_type_ids": (ids == pads).int(),
-            }
         new = theirs.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

@@ -20,7 +20,30 @@ TIES = [(name, {"tie_word_embeddings": True}, TEXT) for name in ("qwen3", "llama
 ]
 
 
-@pytest.mark.parametrize(("name", "changes", "samples"), CASES + TIES)
+def tiles(text: str = "qwen3", **vision: Any) -> dict[str, Any]:
+    """Changes of a tiled model: another decoder, other options of the tower."""
+    decoder, tower = ref.config_of(text), ref.config_of("internvl")["vision_config"]
+    return {
+        "text_config": {key: value for key, value in decoder.items() if key != "architectures"},
+        "vision_config": tower | vision,
+        "tie_word_embeddings": decoder["tie_word_embeddings"],
+    }
+
+
+TILED = [
+    ("internvl", tiles("qwen2"), IMAGES),
+    ("internvl", tiles("qwen3_moe"), IMAGES),
+    ("internvl", tiles("llama", use_qk_norm=True, norm_type="rms_norm", attention_bias=False), IMAGES),
+    ("internvl", tiles(use_mean_pooling=False, use_absolute_position_embeddings=False), IMAGES),
+]
+SPARSE = [
+    ("qwen3_moe", {"norm_topk_prob": False}, TEXT),
+    ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": []}, TEXT),
+    ("qwen3_moe", {"num_experts": 64, "num_experts_per_tok": 1, "norm_topk_prob": False}, TEXT),  # most are idle
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "samples"), CASES + TIES + SPARSE + TILED)
 def test_forward_and_backward(name: str, changes: dict[str, Any], samples: list[ref.Sample]) -> None:
     config = ref.config_of(name, **changes)
     model = ref.ours(config)

@@ -58,7 +58,9 @@ def apply(
     quantised = quant.quantise(model, plan.groups, quantisation, keep=saved) if quantisation else ()
     config = lora.inject(model, chosen, saved, args, seed=seed, quantised=bool(quantised))
     names = trainable.trainable_names(model)
-    return Adaptation("lora", plan.groups, names, chosen.names, saved, quantised, config, args.lorap_lr_ratio)
+    return Adaptation(
+        "lora", plan.groups, names, (*chosen.names, *chosen.stacks), saved, quantised, config, args.lorap_lr_ratio
+    )
 
 
 def _refuse_lora_flags(args: AdaptArgs) -> None:

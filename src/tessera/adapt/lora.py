@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tessera.adapt import experts
 from tessera.adapt.quant import is_quantised, peft_imports
 from tessera.adapt.targets import Targets, ends_with, nearest
 from tessera.adapt.trainable import Adaptation
@@ -43,7 +44,6 @@ PREFIX = "base_model.model."
 
 _NAME = "default"
 _UNSUPPORTED = (
-    "target_parameters",
     "trainable_token_indices",
     "layer_replication",
     "alora_invocation_tokens",
@@ -97,7 +97,7 @@ def inject(
     model: nn.Module, targets: Targets, saved: Sequence[str], args: AdaptArgs, *, seed: int, quantised: bool
 ) -> LoraConfig:
     """Put fresh adapters beside ``targets`` and freeze everything else but the ``saved`` modules; in place."""
-    clash = [name for name in targets.names if within(saved, name)]
+    clash = [name for name in (*targets.names, *targets.stacks) if within(saved, name)]
     if clash:
         raise UserError(
             f"--modules_to_save: {clash[0]} would be both adapted and trained whole; freeze its part "
@@ -116,22 +116,53 @@ def inject(
             target_modules=targets.spec if isinstance(targets.spec, str) else list(targets.spec),
             task_type="CAUSAL_LM",
         )
-    _inject(model, config, quantised=quantised)
+    if targets.stacks:
+        # peft has no dropout for experts, and its files have one for all; see adapt/experts.py.
+        config.lora_dropout = 0.0
+    _inject(model, config, quantised=quantised, nothing=not targets.names)
     adapted = {name for name, _ in _lora_layers(model)}
     assert adapted == set(targets.names), f"peft adapted {adapted ^ set(targets.names)} differently"
     for name, layer in _lora_layers(model):
         _initialise(layer, name, seed)
+    for name, stack in experts.wrap(model, targets.stacks, config.r, _scaling(config)):
+        stack.initialise(name, seed)
     _train_whole(model, saved)
     config.modules_to_save = list(saved) or None
+    if targets.stacks:
+        _name_for_peft(config, targets)
     return config
 
 
-def _inject(model: nn.Module, config: LoraConfig, *, quantised: bool) -> None:
-    """peft's layers with float32 parameters; leaves the global random state and the model's attributes alone."""
-    if next(_lora_layers(model), None) is not None:
+def _name_for_peft(config: LoraConfig, targets: Targets) -> None:
+    """Make ``config`` name experts and routers, and other layers so that peft finds them.
+
+    For some sparse models peft takes a *module* target called like an expert's matrix to mean the experts of an older
+    naming, and no other module. A weight that is named as a parameter has one meaning; the tensors are the same.
+    """
+    alike = [name for name in targets.names if name.rpartition(".")[2] in experts.ALIKE]
+    config.target_parameters = [f"{name}.weight" for name in alike]
+    config.target_parameters += [*experts.TARGETS] if targets.experts else []
+    config.target_parameters += [experts.ROUTER] if targets.routers else []
+    if alike:
+        config.target_modules = sorted(set(targets.names) - set(alike))
+
+
+def _scaling(config: LoraConfig) -> float:
+    return float(config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
+
+
+def _inject(model: nn.Module, config: LoraConfig, *, quantised: bool, nothing: bool = False) -> None:
+    """peft's layers with float32 parameters; leaves the global random state and the model's attributes alone.
+
+    ``nothing``: there is no layer to adapt, which peft refuses, and all that is left is to freeze the model.
+    """
+    if next(_lora_layers(model), None) is not None or experts.wrapped_in(model):
         raise UserError(
             "--adapters: this model has an adapter already; merge one (tessera export) before adding another"
         )
+    if nothing:
+        model.requires_grad_(False)
+        return
     with peft_imports(quantised=quantised), torch.random.fork_rng(devices=[]):
         from peft import inject_adapter_in_model
 
@@ -211,7 +242,9 @@ def adapter_tensors(
         bias = adaptation.config.bias != "none" and name.endswith(".bias")
         if _is_adapter(name) or bias or within(adaptation.saved, name):
             # contiguous().clone(): tied modules share storage in memory, files must not.
-            tensors[PREFIX + _file_name(name)] = full(parameter.detach()).cpu().contiguous().clone()
+            whole = full(parameter.detach()).cpu()
+            key, value = experts.to_file(name, whole) or (_file_name(name), whole)
+            tensors[PREFIX + key] = value.contiguous().clone()
     return tensors
 
 
@@ -256,7 +289,12 @@ def load_adapter(
     """
     config = _read_config(Path(directory))
     tensors = {_memory_name(key, rename): tensor for key, tensor in _read_tensors(Path(directory)).items()}
-    names = sorted({name.partition(".lora_")[0] for name in tensors if _is_adapter(name)})
+    sizes = {name: model.get_parameter(f"{name}.down_proj").shape[0] for name in experts.names_in(model)}
+    known = (*sizes, *experts.routers_in(model))
+    stacks = [name for name in known if f"{name}.lora_A.{_NAME}.weight" in tensors]
+    held = {name: size for name, size in sizes.items() if name in stacks}
+    tensors = experts.from_file(tensors, held, _NAME, [name for name in stacks if name not in held])
+    names = sorted({name.partition(".lora_")[0] for name in tensors if _is_adapter(name)} - set(stacks))
     adaptable = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in names:
         if name not in adaptable or name.rpartition(".")[2] == "lm_head":
@@ -269,8 +307,9 @@ def load_adapter(
     exact = copy.copy(config)
     exact.target_modules, exact.modules_to_save, exact.exclude_modules = set(names), None, None
     exact.layers_to_transform, exact.layers_pattern, exact.init_lora_weights = None, None, True
-    exact.inference_mode = False
-    _inject(model, exact, quantised=bool(quantised))
+    exact.inference_mode, exact.target_parameters = False, None
+    _inject(model, exact, quantised=bool(quantised), nothing=not names)
+    experts.wrap(model, stacks, config.r, _scaling(config))
     if trainable:
         _train_whole(model, saved)
     _fill(model, tensors, saved, str(directory), tied=config.ensure_weight_tying)
@@ -278,7 +317,7 @@ def load_adapter(
         model.requires_grad_(False)
     config.modules_to_save = list(saved) or None
     names_trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
-    return Adaptation("lora", groups, names_trained, tuple(names), saved, tuple(quantised), config, lorap_lr_ratio)
+    return Adaptation("lora", groups, names_trained, (*names, *stacks), saved, tuple(quantised), config, lorap_lr_ratio)
 
 
 def _read_config(directory: Path) -> LoraConfig:
@@ -292,6 +331,9 @@ def _read_config(directory: Path) -> LoraConfig:
     if kind != "LORA":
         raise UserError(f"--adapters {directory}: peft_type {kind} is not supported; only LORA (LoRA, DoRA, rsLoRA) is")
     used = [name for name in _UNSUPPORTED if fields.get(name)]
+    parameters = {name.rpartition(".")[2] for name in fields.get("target_parameters") or ()}
+    if not parameters <= {"weight", *experts.PARTS}:
+        used.append("target_parameters")
     start = fields.get("init_lora_weights", True)
     if used or (isinstance(start, str) and start.split("_")[0] in ("pissa", "olora", "corda", "loftq", "lora")):
         what = used[0] if used else f"init_lora_weights={start}, which changes the base weights"
@@ -386,7 +428,10 @@ def merge(model: nn.Module) -> int:
             assert base.bias is not None, f"{name}: peft refuses lora_bias on a layer without a bias"
             base.bias.data += (extra * layer.scaling[_NAME]).to(base.bias.dtype)
         model.set_submodule(name, base)
-    return len(layers)
+    stacks = experts.wrapped_in(model)
+    for name, stack in stacks:
+        model.set_submodule(name, stack.merged())
+    return len(layers) + len(stacks)
 
 
 def _merged_weight(layer: Any) -> Tensor:

@@ -11,7 +11,8 @@ adapted, the tower and the aligner join when they are unfrozen, and the head nev
 The choice is written to ``adapter_config.json`` as one regular expression over module names, as other tools do, so
 that any reader of the file selects the same modules. It is built from the names' endings: ``q_proj``, but
 ``attn\\.proj`` where ``proj`` alone would also hit the patch convolution. Names given explicitly are suffixes, like
-in ``peft``: ``q_proj`` means every module called so, frozen part or not.
+in ``peft``: ``q_proj`` means every module called so, frozen part or not. Experts are linear layers too, though stacked
+ones: ``all-linear`` adapts them wherever it adapts the language model (``adapt/experts.py``).
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
+from tessera.adapt.experts import names_in, routers_in
 from tessera.config.errors import UserError
 from tessera.config.run import AdaptArgs
 from tessera.contract.plan import Groups, within
@@ -33,10 +35,20 @@ HEADS = ("lm_head", "score", "v_head", "classifier")
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The chosen modules: full ``names``, and ``spec``, how ``adapter_config.json`` says it (regex or suffixes)."""
+    """The chosen modules: full ``names``, and ``spec``, how ``adapter_config.json`` says it (regex or suffixes).
+
+    ``experts`` and ``routers`` are adapted besides; the file names them as parameters.
+    """
 
     names: tuple[str, ...]
     spec: str | tuple[str, ...]
+    experts: tuple[str, ...] = ()
+    routers: tuple[str, ...] = ()
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """Everything that is adapted and no linear layer."""
+        return (*self.experts, *self.routers)
 
 
 def ends_with(name: str, suffix: str) -> bool:
@@ -57,6 +69,8 @@ def select(model: nn.Module, args: AdaptArgs, groups: Groups) -> Targets:
         return _by_regex(model, args.target_regex)
     if tuple(args.target_modules) == ("all-linear",):
         return _all_linear(model, args, groups)
+    if args.target_modules and set(args.target_modules) <= {"all-linear", "all-router"}:
+        return _with_routers(model, args, groups)
     if "all-linear" in args.target_modules:
         raise UserError(
             f"--target_modules {' '.join(args.target_modules)}: all-linear cannot be combined with names; "
@@ -83,7 +97,23 @@ def _all_linear(model: nn.Module, args: AdaptArgs, groups: Groups) -> Targets:
         spec = tuple(sorted({name.rpartition(".")[2] for name in names}))
         found = [name for name, _ in model.named_modules() if any(ends_with(name, suffix) for suffix in spec)]
     assert sorted(found) == sorted(names), f"{spec} selects {set(found) ^ set(names)} differently"
-    return Targets(tuple(names), spec)
+    stacks = () if args.freeze_llm else names_in(model)
+    if stacks and args.use_dora:
+        raise UserError(
+            "--use_dora true: experts cannot have a DoRA adapter and all-linear means them too; "
+            "name linear layers, such as --target_modules q_proj k_proj v_proj o_proj, or drop --use_dora"
+        )
+    return Targets(tuple(names), spec, stacks)
+
+
+def _with_routers(model: nn.Module, args: AdaptArgs, groups: Groups) -> Targets:
+    """The routers of the language model, alone or beside everything linear."""
+    routers = () if args.freeze_llm else routers_in(model)
+    if not routers or args.use_dora:
+        why = "--use_dora true is not for routers" if routers else "the model has no router that is not frozen"
+        raise UserError(f"--target_modules all-router: {why}; drop one of the two")
+    rest = _all_linear(model, args, groups) if "all-linear" in args.target_modules else Targets((), ())
+    return replace(rest, routers=routers)
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -133,7 +133,7 @@ def param_groups(model: nn.Module, train: TrainArgs, adaptation: Adaptation) -> 
     members: dict[tuple[str, bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            boosted = adaptation.lorap_lr_ratio is not None and ".lora_B." in name
+            boosted = adaptation.lorap_lr_ratio is not None and ".lora_B" in name
             key = (adaptation.groups.of(name), boosted, parameter.ndim > 1)
             members.setdefault(key, []).append((name, parameter))
     result = []

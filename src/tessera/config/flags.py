@@ -148,7 +148,8 @@ ADAPT = (
     F("lora_dropout", "adapt", "float", 0.05, "dropout before the update", low=0, high=1),
     F("lora_bias", "adapt", "str", "none", "which biases are trained", choices=("none", "all")),
     F("target_modules", "adapt", "list", ("all-linear",),
-      "modules that get an adapter; all-linear is every linear layer of the parts that are not frozen"),
+      "modules that get an adapter; all-linear is every linear layer of the parts that are not frozen, "
+      "all-router the routers"),
     F("target_regex", "adapt", "str", None, "one regular expression instead of --target_modules"),
     F("modules_to_save", "adapt", "list", (), "modules trained and saved whole beside the adapter"),
     F("use_dora", "adapt", "bool", False, "DoRA: learn magnitude and direction apart"),

@@ -98,6 +98,10 @@ class Geometry(Protocol):
         """(height, width) in pixels after the family's resize rule; UserError for an impossible aspect ratio."""
         ...
 
+    def canvases(self, height: int, width: int, frames: int = 1) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every size a frame is shown in; larger ones than the grid are cut, row by row."""
+        ...
+
     def grid(self, height: int, width: int, frames: int = 1) -> Grid:
         """Patch grid of a media item of this original size; from the header alone."""
         ...

@@ -46,7 +46,8 @@ class Plan:
     """Where a family's model is cut: freeze ``groups``, FSDP units and recompute points of decoder and tower.
 
     ``tensor`` lists module pattern and style (``column``, ``row``, ``vocab``) of what tensor ranks split; everything
-    else of the language model is whole on each of them.
+    else of the language model is whole on each of them. ``experts`` are the modules whose parameters are stacks of
+    experts: every rank of a stage computes with them on tokens of its own, so they are never split by tensor ranks.
 
     ``recompute_modules`` are the finer points inside the decoder's layers, by the name users give them. With
     ``layer_loop`` the layers run in our own decoder, which can treat several of them as one and offload their
@@ -58,5 +59,6 @@ class Plan:
     recompute_decoder: tuple[str, ...]
     recompute_tower: tuple[str, ...] = ()
     tensor: tuple[tuple[str, str], ...] = ()
+    experts: tuple[str, ...] = ()
     recompute_modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     layer_loop: bool = True

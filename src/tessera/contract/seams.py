@@ -11,12 +11,18 @@ Between blocks every rank holds its own rows of the sequence (sequence paralleli
 are computed once per row. :class:`Seams` is the version for one device; ``parallel/`` holds those that communicate.
 Parameters that are divided among ranks are DTensors; a :class:`Divisible` module takes its ``part`` of them, an
 ordinary tensor, where it computes.
+
+:class:`ExpertSeam` brings tokens to the experts they chose and their results back. In between, the experts see rows
+sorted by expert and know nothing of tokens, top-k or ranks::
+
+    x [T, H], chosen [T, k] --dispatch--> rows [N, H] + counts [E local] --experts--> rows [N, H] --combine--> [T, H]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -85,3 +91,34 @@ class Seams:
 
 
 ONE_DEVICE = Seams()
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """``rows [N, H]`` sorted by expert, of which the first ``counts[0]`` are the first local expert's, and so on.
+
+    ``counts [experts held here] int64`` lies on the device of ``rows``. ``state`` is what the seam that made this needs
+    to undo it; nobody else looks inside.
+    """
+
+    rows: Tensor
+    counts: Tensor
+    state: Any
+
+
+class ExpertSeam(Protocol):
+    """How tokens travel to experts and back; both directions are differentiable."""
+
+    def dispatch(self, x: Tensor, chosen: Tensor, experts: int) -> Dispatched:
+        """Copies of the rows of ``x [T, H]`` for their experts ``chosen [T, k] int64``, numbered 0 .. ``experts`` - 1.
+
+        ``experts`` counts all experts of the layer, wherever they are held. T may be 0.
+        """
+        ...
+
+    def combine(self, rows: Tensor, weights: Tensor, dispatched: Dispatched) -> Tensor:
+        """``[T, H]``: each token's sum of its experts' results ``rows [N, H]`` times ``weights [T, k]``.
+
+        ``rows`` are in the order of ``dispatched.rows``; ``weights`` in the order of ``chosen``, where the tokens are.
+        """
+        ...

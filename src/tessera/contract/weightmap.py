@@ -1,25 +1,34 @@
-"""What a family's tensors are called on disk, as rules that read in both directions.
+"""What a family's tensors are called on disk, and how they lie there, as rules that read in both directions.
 
-A model in memory uses transformers' module names; a checkpoint may use older ones, leave out a tensor that equals
-another, or carry one that nobody needs. Three kinds of rule say so::
+A model in memory uses transformers' module names; a checkpoint may use older ones, hold one of our tensors in parts or
+turned, leave out a tensor that equals another, or carry one that nobody needs. Five kinds of rule say so::
 
     Rename("model.visual.**", "visual.**")                               ours <-> disk; ** is the rest of the name
+    Stack("layers.*.experts.gate_up_proj",                               our [E, 2I, H] is 2E matrices on disk
+          ("layers.*.experts.#.gate_proj.weight", "layers.*.experts.#.up_proj.weight"))    # counts dimension 0
+    Turn(("layers.*.experts.gate_up_proj", ...))                         disk swaps the last two dimensions
     Tie("model.embed_tokens.weight", "lm_head.weight")                   disk holds a second copy of our tensor
     ignored = ("model.layers.*.self_attn.rotary_emb.inv_freq",)          on disk, not in the model
 
 Import reads the table from right to left, export from left to right, so the two cannot drift apart:
-``inverse(forward(x)) == x`` for every ``x`` of our tensors. The map moves values it never looks at; they may be
-tensors, shapes or file offsets. The first rule that fits wins and a name that fits no rule is the same on both sides.
+``inverse(forward(x)) == x`` for every ``x`` of our tensors. A tensor that no Stack or Turn names is moved, never looked
+at, and may be anything. The first rule that fits wins and a name that fits no rule is the same on both sides. Stacks
+and Turns speak our names; renames apply to what they give. :meth:`WeightMap.pieces` says the same piece by piece, so
+that a reader who holds a slice of a tensor finds the bytes of that slice and no others.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
 
 T = TypeVar("T")
+Shape = tuple[int, ...]
 
 
 def _rewrite(source: str, target: str, name: str) -> str | None:
@@ -28,6 +37,19 @@ def _rewrite(source: str, target: str, name: str) -> str | None:
         return target if name == source else None
     prefix = source[:-2]
     return target[:-2] + name[len(prefix) :] if name.startswith(prefix) else None
+
+
+def _components(pattern: str, name: str) -> tuple[str, ...] | None:
+    """What stands for each ``*`` (any component) and ``#`` (a number) of ``pattern`` in ``name``; None if no fit."""
+    expression = re.escape(pattern).replace(r"\*\*", "(.+)").replace(r"\*", r"([^.]+)").replace(r"\#", r"(\d+)")
+    found = re.fullmatch(expression, name)
+    return None if found is None else found.groups()
+
+
+def _filled(pattern: str, components: tuple[str, ...]) -> str:
+    """``pattern`` with its wildcards replaced one after the other."""
+    given = iter(components)
+    return "".join(next(given) if part in ("*", "#") else part for part in re.split(r"([*#])", pattern))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +64,29 @@ class Rename:
 
 
 @dataclass(frozen=True, slots=True)
+class Stack:
+    """Our ``[E, F, ...]`` is ``E * len(parts)`` tensors ``[F / len(parts), ...]``: per index all parts, in order.
+
+    ``*`` stands for one component, the same in all patterns; ``#`` behind them in ``parts`` for the index.
+    """
+
+    ours: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """On disk the last two dimensions of these tensors are swapped.
+
+    There are checkpoints of one family that do it and others that do not, under the same names. Which it is shows in
+    the shapes, and :meth:`WeightMap.settled` looks. A square tensor shows nothing, so tensors that are written by one
+    hand belong into one rule, and any of them decides for all.
+    """
+
+    ours: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tie:
     """The disk name ``copy`` holds the same values as our tensor ``ours`` (which also has its own disk name)."""
 
@@ -50,45 +95,179 @@ class Tie:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """One disk tensor and the region of our tensor that it holds.
+
+    ``index`` (None: all) is a place in dimension 0, which the disk tensor then lacks; ``start:end`` the range of
+    dimension 1 it covers there; ``turned`` whether its last two dimensions are swapped.
+    """
+
+    disk: str
+    index: int | None = None
+    start: int = 0
+    end: int = 0
+    turned: bool = False
+
+    def of(self, ours: Tensor) -> Tensor:
+        """The disk tensor, as a view of our whole tensor."""
+        region = ours if self.index is None else ours[self.index, self.start : self.end]
+        return region.transpose(-1, -2) if self.turned else region
+
+    def overlap(self, part: tuple[slice, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+        """Where the slice ``part`` of our tensor meets this piece: (in the disk tensor, in ``part``); None if nowhere.
+
+        What is read at the first place goes, ``turned`` or not, to the second.
+        """
+        if self.index is None:
+            where = tuple(slice(0, cut.stop - cut.start) for cut in part)
+            return ((*part[:-2], part[-1], part[-2]) if self.turned else part), where
+        first, rows, *rest = part
+        low, high = max(rows.start, self.start), min(rows.stop, self.end)
+        if not first.start <= self.index < first.stop or low >= high:
+            return None
+        at = self.index - first.start
+        whole = [slice(0, cut.stop - cut.start) for cut in rest]
+        inside = (slice(low - self.start, high - self.start), *rest)
+        return inside, (slice(at, at + 1), slice(low - rows.start, high - rows.start), *whole)
+
+    def shape(self, ours: Shape) -> Shape:
+        """Shape of the disk tensor."""
+        own = ours if self.index is None else (self.end - self.start, *ours[2:])
+        return (*own[:-2], own[-1], own[-2]) if self.turned else own
+
+
+@dataclass(frozen=True, slots=True)
 class WeightMap:
-    """Rules between our names and disk names; see the module docstring. ``ignored`` patterns: ``*`` one component."""
+    """Rules between our names and disk names; see the module docstring.
+
+    In ``ignored``, ``*`` is one component and ``**`` any number of them.
+    """
 
     renames: tuple[Rename, ...] = ()
     ties: tuple[Tie, ...] = ()
     ignored: tuple[str, ...] = ()
+    stacks: tuple[Stack, ...] = ()
+    turns: tuple[Turn, ...] = ()
 
     def to_disk(self, name: str) -> str:
-        """What our tensor ``name`` is called on disk."""
+        """What our tensor ``name`` is called on disk; of a stacked one, what its first part is called."""
+        rule = self._stack(name)
+        if rule is not None:
+            stack, components = rule
+            return self._renamed(_filled(stack.parts[0], (*components, "0")))
+        return self._renamed(name)
+
+    def to_ours(self, name: str) -> str:
+        """What the tensor ``name`` on disk is called, or belongs to, in the model."""
+        plain = self._restored(name)
+        for stack in self.stacks:
+            for part in stack.parts:
+                found = _components(part, plain)
+                if found is not None:
+                    return _filled(stack.ours, found[:-1])
+        return plain
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether the disk tensor ``name`` is known to have no counterpart in the model."""
+        return any(_components(pattern, name) is not None for pattern in self.ignored)
+
+    def pieces(self, name: str, shape: Shape) -> tuple[Piece, ...]:
+        """The disk tensors that hold our tensor ``name`` of this shape, without tied copies."""
+        rule = self._stack(name)
+        if rule is None:
+            return (Piece(self._renamed(name), turned=self._turned(name)),)
+        stack, components = rule
+        assert len(shape) > 1 and shape[1] % len(stack.parts) == 0, f"{name} {shape} cannot be cut as {stack}"
+        size = shape[1] // len(stack.parts)
+        return tuple(
+            Piece(self._renamed(_filled(part, (*components, str(index)))), index, at * size, (at + 1) * size)
+            for index in range(shape[0])
+            for at, part in enumerate(stack.parts)
+        )
+
+    def copies(self, name: str) -> tuple[str, ...]:
+        """Disk names that hold our tensor ``name`` a second time."""
+        return tuple(tie.copy for tie in self.ties if tie.ours == name)
+
+    def settled(self, ours: Mapping[str, Shape], disk: Mapping[str, Shape]) -> WeightMap:
+        """This map without the turns that a checkpoint of these shapes does not make."""
+        return replace(self, turns=tuple(turn for turn in self.turns if not self._lies_as_ours(turn, ours, disk)))
+
+    def forward(self, ours: Mapping[str, T]) -> dict[str, T]:
+        """Our names to disk names, tied copies included. Values are views where a rule cuts or turns them."""
+        disk: dict[str, T] = {}
+        for name, value in ours.items():
+            if self._stack(name) is None and not self._turned(name):
+                held = {self._renamed(name): value}
+            else:
+                assert isinstance(value, Tensor), f"{name}: only tensors can be cut or turned"
+                pieces = self.pieces(name, tuple(value.shape))
+                held = {piece.disk: cast(T, piece.of(value)) for piece in pieces}
+            assert not disk.keys() & held.keys(), f"two of our tensors map to one disk name: {sorted(held)[0]}"
+            disk |= held
+        return disk | {copy: disk[self._renamed(name)] for name in ours for copy in self.copies(name)}
+
+    def inverse(self, disk: Mapping[str, T]) -> dict[str, T]:
+        """Disk names to our names, without tied copies and ignored tensors; parts are put together."""
+        copies = {tie.copy for tie in self.ties}
+        kept = {name: value for name, value in disk.items() if name not in copies and not self.is_ignored(name)}
+        groups: dict[str, dict[str, T]] = {}
+        for name, value in kept.items():
+            groups.setdefault(self.to_ours(name), {})[name] = value
+        ours: dict[str, T] = {}
+        for name, held in groups.items():
+            if self._stack(name) is not None:
+                ours[name] = cast(T, self._joined(name, held))
+                continue
+            assert len(held) == 1, f"two disk tensors map to one of our names: {name}"
+            (value,) = held.values()
+            if self._turned(name):
+                assert isinstance(value, Tensor), f"{name}: only tensors can be turned"
+                value = cast(T, value.transpose(-1, -2))
+            ours[name] = value
+        return ours
+
+    def _joined(self, name: str, held: Mapping[str, object]) -> Tensor:
+        """The stacked tensor ``name`` from its disk tensors."""
+        rule = self._stack(name)
+        assert rule is not None
+        stack, components = rule
+        parts = len(stack.parts)
+        count, missing = divmod(len(held), parts)
+        names = [_filled(part, (*components, str(i))) for i in range(count) for part in stack.parts]
+        values = [held.get(self._renamed(part)) for part in names]
+        assert not missing and all(isinstance(value, Tensor) for value in values), f"{name}: parts are missing"
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        return torch.stack([torch.cat(tensors[i : i + parts]) for i in range(0, len(tensors), parts)])
+
+    def _renamed(self, name: str) -> str:
         for rule in self.renames:
             found = _rewrite(rule.ours, rule.disk, name)
             if found is not None:
                 return found
         return name
 
-    def to_ours(self, name: str) -> str:
-        """What the tensor ``name`` on disk is called in the model."""
+    def _restored(self, name: str) -> str:
         for rule in self.renames:
             found = _rewrite(rule.disk, rule.ours, name)
             if found is not None:
                 return found
         return name
 
-    def is_ignored(self, name: str) -> bool:
-        """Whether the disk tensor ``name`` is known to have no counterpart in the model."""
-        return any(
-            re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), name) is not None for pattern in self.ignored
-        )
+    def _stack(self, name: str) -> tuple[Stack, tuple[str, ...]] | None:
+        for stack in self.stacks:
+            found = _components(stack.ours, name)
+            if found is not None:
+                return stack, found
+        return None
 
-    def forward(self, ours: Mapping[str, T]) -> dict[str, T]:
-        """Our names to disk names, tied copies included."""
-        disk = {self.to_disk(name): value for name, value in ours.items()}
-        assert len(disk) == len(ours), "two of our tensors map to one disk name"
-        return disk | {tie.copy: ours[tie.ours] for tie in self.ties if tie.ours in ours}
+    def _turned(self, name: str) -> bool:
+        return any(_components(pattern, name) is not None for turn in self.turns for pattern in turn.ours)
 
-    def inverse(self, disk: Mapping[str, T]) -> dict[str, T]:
-        """Disk names to our names, without tied copies and ignored tensors."""
-        copies = {tie.copy for tie in self.ties}
-        kept = {name: value for name, value in disk.items() if name not in copies and not self.is_ignored(name)}
-        ours = {self.to_ours(name): value for name, value in kept.items()}
-        assert len(ours) == len(kept), "two disk tensors map to one of our names"
-        return ours
+    def _lies_as_ours(self, turn: Turn, ours: Mapping[str, Shape], disk: Mapping[str, Shape]) -> bool:
+        """Whether some tensor of the rule has our shape on disk, and would not have it turned."""
+        for name, shape in ours.items():
+            named = any(_components(pattern, name) is not None for pattern in turn.ours)
+            if named and shape[-1] != shape[-2] and disk.get(self._renamed(name)) == shape:
+                return True
+        return False

@@ -138,16 +138,18 @@ class Encoder:
 
     def _fill(self, medium: Medium, out: np.ndarray, files: Files) -> None:
         frames = []
-        target = (0, 0)
+        targets: tuple[tuple[int, int], ...] = ()
+        patch, (_, down, across) = self.geometry.patch_size, medium.item.grid
         for index, source in enumerate(medium.sources):
             pixels = media.decode(files.get(source, source), source, self._memory)
             if index == 0:
                 height, width = pixels.shape[:2]
                 if self.geometry.grid(height, width, len(medium.sources)) != medium.item.grid:
                     raise BadRow("an image's size differs from its header, or has changed since planning")
-                target = self.geometry.resized(height, width, len(medium.sources))
-            frames.append(media.resize(pixels, *target, self.image_resize))
-        patch = self.geometry.patch_size
+                targets = self.geometry.canvases(height, width, len(medium.sources))
+            for target in targets:
+                shown = media.resize(pixels, *target, self.image_resize)
+                frames += media.tiles(shown, down * patch, across * patch)
         media.patchify(frames, patch, self.geometry.merge_size, out.shape[1] // (3 * patch * patch), out)
 
     def _located(self, source: ImageRef, base: Path | None) -> ImageRef:

@@ -111,6 +111,12 @@ def resize(pixels: np.ndarray, height: int, width: int, how: str) -> np.ndarray:
     return out[0].permute(1, 2, 0).numpy()
 
 
+def tiles(pixels: np.ndarray, height: int, width: int) -> list[np.ndarray]:
+    """``pixels [H, W, 3]`` cut into pieces of ``height`` times ``width``, row by row; itself if it is that size."""
+    rows, columns = range(0, pixels.shape[0], height), range(0, pixels.shape[1], width)
+    return [pixels[row : row + height, column : column + width] for row in rows for column in columns]
+
+
 def patchify(
     frames: Sequence[np.ndarray], patch: int, merge: int, temporal: int, out: np.ndarray | None = None
 ) -> np.ndarray:

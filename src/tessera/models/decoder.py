@@ -28,6 +28,7 @@ from tessera.contract.memory import ActivationStore
 from tessera.contract.seams import ONE_DEVICE, Seams
 from tessera.models.attention import Layout, attend
 from tessera.models.layers import GatedMLP, Linear, Recomputable, RMSNorm, forgetting
+from tessera.models.moe import MoE, MoEConfig, Routing
 from tessera.models.rope import Angles, Rope, RopeConfig, rotate
 
 
@@ -49,6 +50,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tied: bool = False
+    moe: MoEConfig | None = None
 
 
 class KVCache:
@@ -129,13 +131,17 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What all layers share in one pass: angles, attention layout (None: a cached step), seams, the cache."""
+    """What all layers share in one pass: angles, attention layout (None: a cached step), seams, the cache.
+
+    ``routing`` collects what the routers of sparse layers do, for those who want to know.
+    """
 
     angles: Angles
     layout: Layout | None
     seams: Seams = ONE_DEVICE
     shard: Shard | None = None
     cache: KVCache | None = None
+    routing: Routing | None = None
 
 
 class CoreAttention(Recomputable):
@@ -179,12 +185,13 @@ class Attention(nn.Module):
 
 
 class Layer(Recomputable):
-    """Pre-norm attention and gated MLP, each added to the residual stream ``[T, H]``."""
+    """Pre-norm attention and gated MLP (or experts), each added to the residual stream ``[T, H]``."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, index)
-        self.mlp = GatedMLP(config.hidden, config.inner, config.mlp_bias)
+        sparse = config.moe is not None and index in config.moe.layers
+        self.mlp = _experts(config, index) if sparse else GatedMLP(config.hidden, config.inner, config.mlp_bias)
         self.input_layernorm = RMSNorm(config.hidden, config.eps)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.eps)
 
@@ -193,8 +200,15 @@ class Layer(Recomputable):
         with forgetting(self.input_layernorm, x) as normed:
             x = x + seams.scatter(self.self_attn(seams.gather(normed), context))
         with forgetting(self.post_attention_layernorm, x) as normed:
+            if isinstance(self.mlp, MoE):  # every rank routes its own rows
+                return x + self.mlp(normed, context.routing)
             out: Tensor = x + seams.scatter(self.mlp(seams.gather(normed)))
         return out
+
+
+def _experts(config: DecoderConfig, index: int) -> MoE:
+    assert config.moe is not None
+    return MoE(config.moe, config.hidden, index)
 
 
 class Decoder(nn.Module):
@@ -235,12 +249,13 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         shard: Shard | None = None,
         keys: Sequence[str] | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
         """``x [T, H]`` through layers ``keys`` (None: all); ``deepstack[i]`` is added to rows ``dest`` after layer i.
 
         The final norm is the caller's: not every part of a pipeline has it.
         """
-        context = Context(self.rope.angles(positions, x.dtype), layout, self.seams, shard, cache)
+        context = Context(self.rope.angles(positions, x.dtype), layout, self.seams, shard, cache, routing)
         names = list(self.layers) if keys is None else list(keys)
         layers = [self.layers[name] for name in names]
         learning = self.training and torch.is_grad_enabled()

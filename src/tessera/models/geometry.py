@@ -179,6 +179,10 @@ class PatchGeometry:
         ceiling = max(min(self.video_max_pixels, share), int(self.video_min_pixels * 1.05))
         return smart_resize(height, width, self.factor, self.video_min_pixels, ceiling)
 
+    def canvases(self, height: int, width: int, frames: int = 1) -> tuple[tuple[int, int], ...]:
+        """One: the resized frame."""
+        return (self.resized(height, width, frames),)
+
     def grid(self, height: int, width: int, frames: int = 1) -> Grid:
         """Patches (t, h, w) of an item of this original size in pixels; the last frame is repeated to fill a patch."""
         high, wide = self.resized(height, width, frames)
@@ -326,6 +330,9 @@ class TextGeometry:
 
     def resized(self, height: int, width: int, frames: int = 1) -> tuple[int, int]:
         raise UserError("this model takes text only: choose a vision-language model or a dataset without images")
+
+    def canvases(self, height: int, width: int, frames: int = 1) -> tuple[tuple[int, int], ...]:
+        return (self.resized(height, width, frames),)
 
     def grid(self, height: int, width: int, frames: int = 1) -> Grid:
         return 0, *self.resized(height, width, frames)

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tessera.contract.model import HFConfig
+from tessera.contract.plan import within
 from tessera.models.families.common import text_config
+
+DECODER = ("model.language_model", "model.embed_tokens", "model.layers", "model.norm", "lm_head")
+"""Names of a decoder and its head, with and without a tower beside it."""
 
 
 def init_weights(
@@ -20,16 +24,20 @@ def init_weights(
 ) -> nn.Module:
     """Fill ``module`` (of an own family, possibly on the meta device) as transformers initialises these models.
 
-    Matrices are normal with the config's ``initializer_range`` (the tower's own inside it), norms one, biases zero.
+    Matrices are normal with the config's ``initializer_range`` (the tower's own inside it), norms one, biases and
+    buffers zero.
     """
     text_std = text_config(config).get("initializer_range", 0.02)
     tower_std = config.get("vision_config", {}).get("initializer_range", text_std)
     for name, parameter in list(module.named_parameters()):
-        std = tower_std if name.startswith("model.visual.") else text_std
+        std = text_std if within(DECODER, name) else tower_std
         value = _drawn(name, tuple(parameter.shape), std, seed).to(device, dtype)
         prefix, _, leaf = name.rpartition(".")
         owner = module.get_submodule(prefix)
         owner.register_parameter(leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    for owner in module.modules():
+        for leaf, buffer in list(owner.named_buffers(recurse=False)):
+            owner.register_buffer(leaf, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
     return module
 
 

@@ -182,6 +182,12 @@ class _Gate(torch.autograd.Function):
         return torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate), d_up
 
 
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``."""
+    out: Tensor = _Gate.apply(gate, up)
+    return out
+
+
 class GatedMLP(Recomputable):
     """``down(act(gate(x)) * up(x))`` on ``[T, H]``."""
 
@@ -194,7 +200,7 @@ class GatedMLP(Recomputable):
 
     def run(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        out: Tensor = self.down_proj(_Gate.apply(gate, up) if self.act is F.silu else self.act(gate) * up)
+        out: Tensor = self.down_proj(gated(gate, up) if self.act is F.silu else self.act(gate) * up)
         return out
 
 

@@ -28,6 +28,7 @@ from tessera.config.errors import UserError
 class RopeConfig:
     """Base period ``theta``, m-RoPE ``sections`` (empty: one position per token) and the rule that scales frequencies.
 
+    ``partial`` is the share of a head, its first dimensions, that is turned at all.
     ``scaling`` is the checkpoint's ``rope_scaling`` / ``rope_parameters`` dictionary; ``kind`` its ``rope_type``.
     """
 
@@ -36,6 +37,7 @@ class RopeConfig:
     scaling: Mapping[str, Any] | None = None
     sections: tuple[int, ...] = ()
     interleaved: bool = False
+    partial: float = 1.0
 
 
 def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
@@ -89,7 +91,7 @@ def axes(config: RopeConfig, head_dim: int) -> Tensor | None:
 
 @dataclass(frozen=True, slots=True)
 class Angles:
-    """Cosine and sine of every token's angles, each ``[T, 1, D / 2]`` in the activation's type."""
+    """Cosine and sine of every token's angles, each ``[T, 1, D / 2]`` (D: the turned part) in the activation's type."""
 
     cos: Tensor
     sin: Tensor
@@ -99,8 +101,9 @@ class Rope:
     """Positions to :class:`Angles`. Holds constants, no parameters; they follow the positions to their device."""
 
     def __init__(self, config: RopeConfig, head_dim: int) -> None:
-        self._frequencies = frequencies(config, head_dim)
-        self._axes = axes(config, head_dim)
+        turned = int(head_dim * config.partial)
+        self._frequencies = frequencies(config, turned)
+        self._axes = axes(config, turned)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         """Angles of ``positions`` ``[T]`` or ``[3, T]`` int64, rounded to ``dtype`` after cosine and sine."""
@@ -140,12 +143,15 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """``x [T, heads, D]`` turned by ``sign`` times the angles."""
-    half = x.shape[-1] // 2
-    left, right = x[..., :half], x[..., half:]
+    """``x [T, heads, D]`` turned by ``sign`` times the angles; dimensions beyond those angles are kept."""
+    half = cos.shape[-1]
+    both = 2 * half
+    left, right = x[..., :half], x[..., half:both]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     torch.mul(left, cos, out=out[..., :half]).addcmul_(right, sin, value=-sign)
-    torch.mul(right, cos, out=out[..., half:]).addcmul_(left, sin, value=sign)
+    torch.mul(right, cos, out=out[..., half:both]).addcmul_(left, sin, value=sign)
+    if both < x.shape[-1]:
+        out[..., both:] = x[..., both:]
     return out
 
 

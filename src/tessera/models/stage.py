@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tessera.contract.batch import Batch
 from tessera.contract.model import LossSum, Objective
-from tessera.models.vlm import VLM
+from tessera.models.vlm import VLM, Trunk
 
 
 def keep(model: VLM, layers: Sequence[range], *, first: bool, last: bool) -> None:
@@ -29,8 +29,8 @@ def keep(model: VLM, layers: Sequence[range], *, first: bool, last: bool) -> Non
     mine = {str(index) for part in layers for index in part}
     for key in [key for key in decoder.layers if key not in mine]:
         del decoder.layers[key]
-    if not first:
-        model.drop_tower()
+    if not first and isinstance(model.model, Trunk):
+        model.model.blind()
     if not first and not (last and model.lm_head is None):
         del decoder.embed_tokens
     if not last:
@@ -48,7 +48,8 @@ class Stage(nn.Module):
         self.first, self.last = first, last
         decoder = model.decoder
         self.layers = nn.ModuleList([decoder.layers[key] for key in self.keys])
-        self.tower = model.visual if first else None
+        trunk = model.model
+        self.seeing = nn.ModuleList(trunk.seeing) if first and isinstance(trunk, Trunk) else None
         tied = last and model.lm_head is None
         self.embedding = decoder.embed_tokens if first or tied else None
         self.norm = decoder.norm if last else None

@@ -51,6 +51,8 @@ class TowerConfig:
     mlp: Callable[[], nn.Module]
     merger: Callable[[bool], nn.Module]
     patch_bias: bool
+    qkv_bias: bool = True
+    out_bias: bool = True
     channels: int = 3
     theta: float = 10000.0
     whole: frozenset[int] | None = None
@@ -82,11 +84,11 @@ class Features:
 class TowerAttention(nn.Module):
     """Bidirectional self-attention of a block on ``[P, E]``, in the segments of a layout."""
 
-    def __init__(self, hidden: int, heads: int) -> None:
+    def __init__(self, config: TowerConfig) -> None:
         super().__init__()
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.proj = nn.Linear(hidden, hidden)
-        self.heads = heads
+        self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.hidden, config.hidden, bias=config.out_bias)
+        self.heads = config.heads
 
     def forward(self, x: Tensor, angles: Angles, layout: Layout) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
@@ -105,7 +107,7 @@ class Block(Recomputable):
         super().__init__()
         self.norm1 = config.norm(config.hidden)
         self.norm2 = config.norm(config.hidden)
-        self.attn = TowerAttention(config.hidden, config.heads)
+        self.attn = TowerAttention(config)
         self.mlp = config.mlp()
 
     def run(self, x: Tensor, angles: Angles, layout: Layout) -> Tensor:
@@ -133,9 +135,7 @@ class Tower(nn.Module):
         config, inputs, windows = self.config, media.tower, media.tower_segments.get("cu_window_seqlens")
         images = plan(media.tower_segments["cu_seqlens"], causal=False, dtype=dtype)
         inside = images if windows is None else plan(windows, causal=False, dtype=dtype)
-        x = self.patch_embed(normalise(media.patches, media.normalisation))
-        if config.table:
-            x = x + self._table_positions(inputs["interp_indices"], inputs["interp_weights"]).to(x.dtype)
+        x = self.embedded(media)
         order, positions = inputs.get("window_index"), inputs["position_ids"]
         inverse = None if order is None else _inverse(order)
         x, positions = self._cells(x, order, inverse), self._cells(positions, order, inverse)
@@ -146,7 +146,7 @@ class Tower(nn.Module):
             if index in config.deepstack:
                 merger = self.deepstack_merger_list[config.deepstack.index(index)]
                 deepstack.append(merger(x).to(dtype))
-        final = permuted(self.merger(x).to(dtype), inverse, order)
+        final = permuted(self.merged(x).to(dtype), inverse, order)
         return Features(final, tuple(deepstack))
 
     def cost(self, grid: Grid) -> float:
@@ -154,6 +154,18 @@ class Tower(nn.Module):
         config, (t, h, w) = self.config, grid
         whole = 1.0 if config.whole is None else len(config.whole) / config.depth
         return t * h * w * (1.0 + whole * h * w / (6.0 * config.hidden))
+
+    def embedded(self, media: Media) -> Tensor:
+        """Patches ``[P, E]`` as they enter the first block."""
+        x: Tensor = self.patch_embed(normalise(media.patches, media.normalisation))
+        if self.config.table:
+            x = x + self._table_positions(media.tower["interp_indices"], media.tower["interp_weights"]).to(x.dtype)
+        return x
+
+    def merged(self, x: Tensor) -> Tensor:
+        """Patches ``[P, E]`` as they leave the last block to features ``[P / merge^2, H]``."""
+        out: Tensor = self.merger(x)
+        return out
 
     def _table_positions(self, taps: Tensor, shares: Tensor) -> Tensor:
         """Learned positions ``[P, E]`` interpolated from ``taps [P, 4]`` entries with ``shares [P, 4]``."""

@@ -16,7 +16,7 @@ row on entry and restores the order on exit, and nobody outside can tell.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,25 +28,62 @@ from tessera.contract.plan import Plan, matches
 from tessera.models.attention import permuted, plan
 from tessera.models.decoder import Decoder, DecoderConfig, KVCache
 from tessera.models.layers import Recomputable, RMSNorm
+from tessera.models.moe import Routing
 from tessera.models.tower import Features, Tower
 
 
 class Trunk(nn.Module):
-    """Tower and decoder side by side; exists for the names ``model.visual`` and ``model.language_model``."""
+    """Tower and decoder side by side; exists for the names ``model.visual`` and ``model.language_model``.
+
+    A subclass may hold what it sees with under other names.
+    """
 
     def __init__(self, visual: Tower, language_model: Decoder) -> None:
         super().__init__()
         self.visual = visual
         self.language_model = language_model
 
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower, whatever its name."""
+        return self.visual
+
+    @property
+    def levels(self) -> int:
+        """How many deepstack levels come with the features."""
+        return len(self.visual.config.deepstack)
+
+    @property
+    def seeing(self) -> list[nn.Module]:
+        """Everything beside the decoder: the tower, and a projector if it stands apart."""
+        return [module for name, module in self.named_children() if name != "language_model"]
+
+    def blind(self) -> None:
+        """Forget the tower: this process never encodes images."""
+        for name in [name for name, _ in self.named_children() if name != "language_model"]:
+            delattr(self, name)
+
+    def look(self, media: Media, dtype: torch.dtype) -> Features:
+        """Features of all items of ``media``, in order, as ``dtype``."""
+        out: Features = self.visual(media, dtype)
+        return out
+
 
 class VLM(nn.Module):
-    """A decoder, with or without a vision tower; see the module docstring."""
+    """A decoder, with or without a vision tower; see the module docstring.
 
-    def __init__(self, config: DecoderConfig, visual: Tower | None = None) -> None:
+    ``visual`` stands beside the decoder in a :class:`Trunk`; ``trunk`` makes another trunk around the decoder.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, visual: Tower | None = None, trunk: Callable[[Decoder], Trunk] | None = None
+    ) -> None:
         super().__init__()
         decoder = Decoder(config)
-        self.model = decoder if visual is None else Trunk(visual, decoder)
+        if visual is not None:
+            self.model: Trunk | Decoder = Trunk(visual, decoder)
+        else:
+            self.model = decoder if trunk is None else trunk(decoder)
         # A tied head has no parameter of its own: transformers, too, stores only the embedding.
         self.lm_head = None if config.tied else nn.Linear(config.hidden, config.vocab, bias=False)
 
@@ -55,18 +92,22 @@ class VLM(nn.Module):
         return self.model.language_model if isinstance(self.model, Trunk) else self.model
 
     @property
-    def visual(self) -> Tower | None:
-        trunk = self.model if isinstance(self.model, Trunk) else None
-        return trunk.visual if trunk is not None and "visual" in trunk._modules else None
+    def visual(self) -> nn.Module | None:
+        return self.model.tower if isinstance(self.model, Trunk) else None
 
     @property
     def head_weight(self) -> Tensor:
         """Weight ``[V, H]`` that turns hidden states into logits."""
         return self.decoder.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, batch: Batch, objective: Objective | None = None) -> Tensor | LossSum:
-        """``objective``'s sums over ``batch``; without one the hidden states ``[T, H]`` after the final norm."""
-        hidden = self.run(batch)
+    def forward(
+        self, batch: Batch, objective: Objective | None = None, routing: Routing | None = None
+    ) -> Tensor | LossSum:
+        """``objective``'s sums over ``batch``; without one the hidden states ``[T, H]`` after the final norm.
+
+        ``routing`` collects what the routers did, if the model has any.
+        """
+        hidden = self.run(batch, routing=routing)
         return hidden if objective is None else self.loss(hidden, objective, batch)
 
     def loss(self, hidden: Tensor, objective: Objective, batch: Batch) -> LossSum:
@@ -109,11 +150,6 @@ class VLM(nn.Module):
             else:
                 assert not on, f"{name} cannot be recomputed"
 
-    def drop_tower(self) -> None:
-        """Forget the tower (this process never encodes images)."""
-        if isinstance(self.model, Trunk):
-            del self.model.visual
-
     def run(
         self,
         batch: Batch,
@@ -122,6 +158,7 @@ class VLM(nn.Module):
         *,
         last: bool = True,
         cache: KVCache | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
         """Hidden states ``[T, H]`` of ``batch``, normed if ``last``.
 
@@ -141,17 +178,16 @@ class VLM(nn.Module):
             cache.fill(batch.segments, layout.order)
         dest: Tensor | None = None
         deepstack: tuple[Tensor, ...] = ()
-        if carried is None and batch.media is not None and self.visual is not None:
-            dest = batch.media.dest if layout.inverse is None else layout.inverse.index_select(0, batch.media.dest)
-            features = self._features(batch.media, x.dtype)
+        trunk, media = self.model, batch.media
+        if carried is None and media is not None and isinstance(trunk, Trunk):
+            dest = media.dest if layout.inverse is None else layout.inverse.index_select(0, media.dest)
+            features = trunk.look(media, x.dtype)
+            if media.route is None:
+                features = features.landing(dest.shape[0])
+            else:
+                features = features.moved(decoder.seams, media.route)
             x, deepstack = x.index_copy(0, dest, features.final), features.deepstack
-        hidden = decoder.blocks(x, positions, layout, deepstack, dest, cache=cache, shard=shard, keys=keys)
+        hidden = decoder.blocks(
+            x, positions, layout, deepstack, dest, cache=cache, shard=shard, keys=keys, routing=routing
+        )
         return permuted(decoder.norm(hidden) if last else hidden, layout.inverse, layout.order)
-
-    def _features(self, media: Media, dtype: torch.dtype) -> Features:
-        """Those rows of the tower's output that land on this rank."""
-        assert self.visual is not None
-        features: Features = self.visual(media, dtype)
-        if media.route is None:
-            return features.landing(media.dest.shape[0])
-        return features.moved(self.decoder.seams, media.route)

@@ -21,7 +21,7 @@ from tessera.contract.layout import ParallelLayout, layout_of
 from tessera.contract.memory import Recompute
 from tessera.contract.plan import Plan
 from tessera.models.stage import Stage, keep
-from tessera.models.vlm import VLM
+from tessera.models.vlm import VLM, Trunk
 from tessera.parallel import apply, fsdp
 from tessera.parallel.apply import Spread
 from tessera.parallel.mesh import Mesh
@@ -62,8 +62,7 @@ def stages_of(
     from tessera.parallel.pipeline import cuts
 
     parts = cuts(model.decoder.config.layers, pp * chunks, first=first, last=last)
-    tower = model.visual
-    levels = 0 if tower is None else len(tower.config.deepstack)
+    levels = model.model.levels if isinstance(model.model, Trunk) else 0
     if levels > len(parts[0]):
         raise UserError(
             f"--pipeline_model_parallel_size {pp}: the tower's {levels} deepstack levels enter the first {levels} "

@@ -19,9 +19,9 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.config.errors import UserError
-from tessera.contract.weightmap import WeightMap
+from tessera.contract.weightmap import Piece, WeightMap
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -177,13 +177,18 @@ def load(
     is a part of a model, ``shapes`` are those of the whole, which is what the checkpoint must hold.
     """
     places = _places(module)
-    left_out = _account(shapes or shapes_of(module), checkpoint, weightmap)
+    shapes = shapes or shapes_of(module)
+    weightmap = weightmap.settled(shapes, {name: entry.shape for name, entry in checkpoint.entries.items()})
+    left_out = _account(shapes, checkpoint, weightmap)
     parameters = 0
     for name, (tensor, owners) in places.items():
-        disk = weightmap.to_disk(name)
-        wanted = dtype if isinstance(dtype, torch.dtype) else dtype(name)
-        kept = wanted if checkpoint.entries[disk].dtype.is_floating_point else checkpoint.entries[disk].dtype
-        placed = place(tensor, partial(checkpoint.read, disk), kept, torch.device(device))
+        pieces = weightmap.pieces(name, shapes[name])
+        found = checkpoint.entries[pieces[0].disk].dtype
+        # A buffer's type is part of its meaning (float32 beside half-precision weights); nobody casts it.
+        asked = dtype if isinstance(dtype, torch.dtype) else dtype(name)
+        wanted = asked if isinstance(tensor, nn.Parameter) else tensor.dtype
+        kept = wanted if found.is_floating_point else found
+        placed = place(tensor, partial(_read, checkpoint, pieces), kept, torch.device(device))
         parameters += tensor.numel()
         if placed is tensor:
             continue
@@ -199,14 +204,28 @@ def load(
     return LoadReport(len(places), parameters, left_out)
 
 
+Part = tuple[slice, ...]
+"""A region of a tensor, one slice with both ends per dimension."""
+
+
+def _read(checkpoint: Checkpoint, pieces: Sequence[Piece], part: Part) -> Iterator[tuple[Part, Tensor]]:
+    """The values of the region ``part`` of a tensor made of ``pieces``, and where in it each belongs."""
+    for piece in pieces:
+        found = piece.overlap(part)
+        if found is not None:
+            inside, where = found
+            whole = inside == tuple(slice(0, size) for size in checkpoint.entries[piece.disk].shape)
+            value = checkpoint.read(piece.disk, None if whole else inside)
+            yield where, value.transpose(-1, -2) if piece.turned else value
+
+
 def place(
-    tensor: Tensor, read: Callable[[tuple[slice, ...] | None], Tensor], dtype: torch.dtype, device: torch.device
+    tensor: Tensor, read: Callable[[Part], Iterable[tuple[Part, Tensor]]], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """``tensor`` with the values that ``read`` (of a part, or of all) returns: itself, or a new one if it is meta."""
+    """``tensor`` with the values that ``read`` yields for a region of it: itself, or a new one if it is meta."""
     if _plain(tensor):
         target = torch.empty(tensor.shape, dtype=dtype, device=device) if tensor.is_meta else tensor
-        with torch.no_grad():
-            target.copy_(read(None))
+        _fill(target, read(tuple(slice(0, size) for size in tensor.shape)))
         return target
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -217,13 +236,18 @@ def place(
     local = tensor.to_local()
     target = torch.empty(shape, dtype=dtype, device=device) if local.is_meta else local
     if target.numel():
-        part = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-        with torch.no_grad():
-            target.copy_(read(part))
+        _fill(target, read(tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))))
     if target is local:
         return tensor
     stride = torch.empty(tensor.shape, device="meta").stride()
     return DTensor.from_local(target, mesh, placements, run_check=False, shape=tensor.shape, stride=stride)
+
+
+def _fill(target: Tensor, values: Iterable[tuple[Part, Tensor]]) -> None:
+    """Write each value at its place."""
+    with torch.no_grad():
+        for where, value in values:
+            target[where].copy_(value)
 
 
 def save(
@@ -246,17 +270,20 @@ def save(
     """
     ours = dict(tensors)
     origin = Checkpoint(source) if isinstance(source, Path) else source
-    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ours.items()}
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ours.items()}
     if together is not None:
-        shapes = {name: shape for part in together.gather(shapes, "pp") for name, shape in part.items()}
+        found = {name: shape for part in together.gather(found, "pp") for name, shape in part.items()}
     creates = write and (together is None or together.is_main)
+    shapes = {name: shape for name, (_, shape) in found.items()}
+    if origin is not None:
+        weightmap = weightmap.settled(shapes, {name: entry.shape for name, entry in origin.entries.items()})
+    pieces = {name: _pieces(weightmap, name, shape) for name, shape in shapes.items()}
+    disk = {p.disk: (found[name][0], p.shape(shapes[name])) for name, held in pieces.items() for p in held}
+    assert len(disk) == sum(map(len, pieces.values())), "two of our tensors map to one disk name"
     if origin is None:
-        entries = _sharded(weightmap.forward(shapes), dtype, _bytes(max_shard_size))
+        entries = _sharded(disk, dtype, _bytes(max_shard_size))
     else:
-        entries = _like(origin, weightmap.forward(shapes), weightmap, dtype)
-    disk_names: dict[str, list[str]] = {}
-    for disk, name in weightmap.forward({name: name for name in shapes}).items():
-        disk_names.setdefault(name, []).append(disk)
+        entries = _like(origin, disk, weightmap, dtype)
     with ExitStack() as stack:
         writer = None
         metadata = origin.metadata if origin else {}
@@ -269,15 +296,21 @@ def save(
         for name, tensor in ours.items():
             value = tensor.detach() if _plain(tensor) else gathered(tensor)
             if writer is not None:
-                for disk in disk_names[name]:
-                    writer.put(disk, value)
+                for piece in pieces[name]:
+                    writer.put(piece.disk, piece.of(value))
         if origin is not None and writer is not None and creates:
-            for disk in entries.keys() - {disk for names in disk_names.values() for disk in names}:
-                writer.put(disk, origin.read(disk))
+            for left in entries.keys() - disk.keys():
+                writer.put(left, origin.read(left))
     if creates:
         _write_index(out_dir, entries, origin)
         if origin is not None:
             copy_side_files(origin.path, out_dir, dtype)
+
+
+def _pieces(weightmap: WeightMap, name: str, shape: tuple[int, ...]) -> list[Piece]:
+    """The disk tensors of our tensor ``name``, tied copies included."""
+    pieces = weightmap.pieces(name, shape)
+    return [*pieces, *(replace(pieces[0], disk=copy) for copy in weightmap.copies(name))]
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -328,7 +361,9 @@ def _places(module: nn.Module) -> dict[str, tuple[Tensor, list[tuple[nn.Module, 
 
 def _account(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, weightmap: WeightMap) -> tuple[str, ...]:
     """UserError unless model and checkpoint hold the same tensors; disk names that the weight map leaves out."""
-    needed = {weightmap.to_disk(name): shape for name, shape in shapes.items()}
+    needed = {
+        piece.disk: piece.shape(shape) for name, shape in shapes.items() for piece in weightmap.pieces(name, shape)
+    }
     copies = {tie.copy: weightmap.to_disk(tie.ours) for tie in weightmap.ties if tie.copy in checkpoint.entries}
     spare = checkpoint.entries.keys() - needed.keys()
     left_out = tuple(sorted(name for name in spare if name in copies or weightmap.is_ignored(name)))

@@ -17,12 +17,24 @@ SAMPLES: dict[str, list[ref.Sample]] = {
     "qwen2": [[13], [5]],
     "qwen3": [[13], [5]],
     "llama": [[13], [5]],
+    "qwen3_moe": [[13], [5]],
+    "qwen3_vl_moe": [[5, (1, 4, 6), 7], [3, (1, 8, 8), 4]],
+    "glm4v_moe": [[5, (1, 4, 6), 7], [3, (1, 8, 8), 4]],
+    "internvl": [[5, (1, 4, 6), 7], [3, (1, 8, 8), 4]],
 }
 EVERYWHERE = {"freeze_vit": False, "freeze_aligner": False}
 
 
 def _same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert (ours - theirs).abs().max() < 5e-6 * theirs.abs().max()
+
+
+ROUTERS = ({"target_modules": ("all-router",)}, {"target_modules": ("all-linear", "all-router")})
+
+
+@pytest.mark.parametrize(("name", "variant"), [(name, how) for name in SAMPLES if "moe" in name for how in ROUTERS])
+def test_routers_there_and_back(name: str, variant: dict, adapt_args, shake, tmp_path: Path) -> None:
+    test_there_and_back(name, variant, adapt_args, shake, tmp_path)
 
 
 @pytest.mark.parametrize("name", list(SAMPLES))
@@ -35,6 +47,8 @@ def test_there_and_back(name: str, variant: dict, adapt_args, shake, tmp_path: P
     config = ref.config_of(name)
     plan, batch = family_of(config).plan(config), ref.batch_of(config, SAMPLES[name])
     model = ref.ours(config).eval()
+    if "moe" in name and "use_dora" in variant:
+        variant = {"use_rslora": True, **EVERYWHERE}
     base = ref.theirs(config, model).eval()
     before = ref.logits_of(model, batch)
     made = adapt.apply(model, adapt_args(**variant), plan, seed=1)

@@ -17,6 +17,7 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from tessera.config.errors import UserError
 from tessera.contract.batch import Normalisation
 from tessera.contract.model import Geometry, MediaItem
+from tessera.models.families import family_of
 from tessera.models.geometry import PatchGeometry, TextGeometry, smart_resize
 
 START, END, IMAGE, VIDEO = 90, 91, 92, 93
@@ -94,6 +95,27 @@ def test_smart_resize_equals_transformers() -> None:
                 smart_resize(*size, **bounds)
         else:
             assert smart_resize(*size, **bounds) == hf_smart_resize(*size, **bounds)
+
+
+@pytest.mark.parametrize("size", [{}, {"size": {"shortest_edge": 784 * 2, "longest_edge": 100352}}])
+def test_resize_by_temporal_area_equals_transformers(size: dict[str, Any]) -> None:
+    """Bounds that count an image twice, and images smaller than a token, which are enlarged first."""
+    from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize as theirs
+
+    family = family_of({"model_type": "glm4v_moe"})
+    geometry = family.geometry(family.tiny(), size)
+    bounds = size.get("size", {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15000})
+    draw = random.Random(1)
+    for _ in range(2000):
+        height, width = draw.randint(1, draw.choice([40, 5000])), draw.randint(1, draw.choice([40, 5000]))
+        limits = {"min_pixels": bounds["shortest_edge"], "max_pixels": bounds["longest_edge"]}
+        try:
+            expected = theirs(2, height, width, **limits)
+        except ValueError:
+            with pytest.raises(UserError, match="200x"):
+                geometry.resized(height, width)
+        else:
+            assert geometry.resized(height, width) == expected
 
 
 def test_user_limits_count_in_tokens() -> None:

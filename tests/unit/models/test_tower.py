@@ -61,12 +61,10 @@ def test_built_on_meta_with_real_buffers_and_transformers_names(name: str) -> No
     with torch.device("meta"):
         model = family_of(config).build(config)
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert not any(buffer.is_meta for _, buffer in model.named_buffers())
+    # What a checkpoint does not hold must have its value by now: there is no such buffer.
+    assert dict(model.named_buffers()).keys() <= model.state_dict().keys()
     assert isinstance(model, VLM)
     theirs = ref.theirs(config, ref.ours(config))
-    assert [key for key, _ in model.named_parameters() if "visual" in key] == [
-        key for key, _ in theirs.named_parameters() if "visual" in key
-    ]
     assert dict(model.named_parameters()).keys() == dict(theirs.named_parameters()).keys()
 
 

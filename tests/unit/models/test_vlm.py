@@ -14,13 +14,23 @@ from torch import Tensor
 from tessera.config.errors import UserError
 from tessera.contract.batch import Batch
 from tessera.contract.memory import Recompute
+from tessera.contract.plan import within
 from tessera.models.decoder import KVCache
 from tessera.models.families import FAMILIES, family_of
+from tessera.models.init import DECODER
 from tessera.models.vlm import VLM
 from tests.parity import reference as ref
 
 SAMPLES: list[ref.Sample] = [[5, (1, 4, 6), 7], [9], [3, (1, 8, 8), 4, (1, 4, 4), 6], [4]]
 PLAIN: list[ref.Sample] = [[12], [9], [20], [9], [4]]
+
+
+AFTER_THE_TOWER = {
+    "qwen2_5_vl": "model.visual.merger.mlp.2.bias",
+    "glm4v_moe": "model.visual.merger.post_projection_norm.bias",
+    "internvl": "model.multi_modal_projector.layer_norm.bias",
+}
+"""A parameter behind a tower's last block."""
 
 
 def samples_of(name: str) -> list[ref.Sample]:
@@ -49,7 +59,10 @@ def test_changing_one_segment_leaves_the_others_bit_equal(name: str) -> None:
     after = model(replace(batch, tokens=tokens))
     same = torch.ones(batch.num_tokens, dtype=torch.bool)
     same[start:end] = False
-    assert torch.equal(before[same], after[same])
+    if model.decoder.config.moe is None:
+        assert torch.equal(before[same], after[same])
+    else:  # An expert multiplies rows of several segments at once, and how it rounds depends on how many.
+        torch.testing.assert_close(before[same], after[same], rtol=2e-6, atol=2e-6)
     assert not torch.equal(before[~same], after[~same])
 
 
@@ -154,17 +167,16 @@ def test_minimal_frame_changes_nothing_and_reaches_every_parameter(name: str, le
     framed = ref.batch_of(config, PLAIN, minimal=True)
     assert framed.media is not None and framed.media.minimal
     expected, _ = trained(model, plain)
-    last = model.get_parameter(
-        "model.visual.merger.mlp.2.bias" if name == "qwen2_5_vl" else "model.visual.merger.norm.bias"
-    )
+    last = model.get_parameter(AFTER_THE_TOWER.get(name, "model.visual.merger.norm.bias"))
     with torch.no_grad():
         last.mul_(level)
     total, grads = trained(model, framed)
     assert torch.equal(total, expected)
     assert grads.keys() == {key for key, _ in model.named_parameters()}
+    seeing = [key for key in grads if not within(DECODER, key)]
     if level == 1.0:
-        assert all(float(grad.abs().max()) == 0 for key, grad in grads.items() if key.startswith("model.visual"))
-    assert all(grad.isfinite().all() for key, grad in grads.items() if not key.startswith("model.visual"))
+        assert all(float(grads[key].abs().max()) == 0 for key in seeing)
+    assert all(grad.isfinite().all() for key, grad in grads.items() if key not in seeing)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -16,7 +16,8 @@ from tessera.config.errors import UserError
 from tessera.contract.weightmap import WeightMap
 from tessera.models.families import FAMILIES, family_of
 from tessera.models.vlm import VLM
-from tessera.weights.hf import INDEX, Checkpoint, load, save
+from tessera.weights import hf
+from tessera.weights.hf import INDEX, Checkpoint, load, place, save
 from tests.parity import reference as ref
 
 SIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
@@ -56,8 +57,8 @@ def loaded(path: Path, config: dict[str, Any], dtype: Any = torch.float32) -> tu
     checkpoint = Checkpoint(path)
     table = family.weightmap(config, checkpoint.names)
     report = load(model, checkpoint, table, dtype=dtype)
-    assert report.tensors == len(list(model.named_parameters()))
-    assert report.parameters == sum(p.numel() for p in model.parameters())
+    held = [*model.parameters(), *model.buffers()]
+    assert (report.tensors, report.parameters) == (len(held), sum(tensor.numel() for tensor in held))
     assert isinstance(model, VLM)
     return model, table
 
@@ -77,8 +78,102 @@ def test_no_op_round_trip_is_byte_identical(tmp_path: Path, name: str, shard: st
     model, table = loaded(source, config)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     (tmp_path / "out").mkdir()
-    save(model.named_parameters(), tmp_path / "out", table, source=source)
+    save(model.state_dict(), tmp_path / "out", table, source=source)
     same_files(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("shard", ["5GB", "150KB"])
+def test_no_op_round_trip_of_the_layout_on_the_hub(tmp_path: Path, name: str, shard: str) -> None:
+    """What a family writes without a source to follow is how it is released; read back it is the same model."""
+    config = ref.config_of(name)
+    released = family_of(config).weightmap(config, [])
+    original = ref.ours(config)
+    tensors = {key: value.to(torch.bfloat16) for key, value in released.forward(original.state_dict()).items()}
+    source = hub_directory(tmp_path / "in", config, tensors, shard)
+    model, table = loaded(source, config)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, original.state_dict()[key].bfloat16().float()), key
+    (tmp_path / "out").mkdir()
+    save(model.state_dict(), tmp_path / "out", table, source=source)
+    same_files(source, tmp_path / "out")
+
+
+def test_experts_inside_another_family_are_named_like_it(tmp_path: Path) -> None:
+    """A sparse decoder behind a tower that renames everything: both read what the other writes."""
+    from transformers import AutoModelForImageTextToText
+
+    text = {key: value for key, value in ref.config_of("qwen3_moe").items() if key != "architectures"}
+    config = ref.config_of("internvl", text_config=text)
+    original = ref.ours(config)
+    released = family_of(config).weightmap(config, [])
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    save(original.state_dict(), source, released)
+    names = Checkpoint(source).names
+    assert "language_model.model.layers.1.mlp.experts.7.up_proj.weight" in names
+    assert "language_model.lm_head.weight" in names and "vision_tower.embeddings.cls_token" in names
+    model, report = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    state = original.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    model.save_pretrained(tmp_path / "theirs")
+    again, _ = loaded(tmp_path / "theirs", config)
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("inner", [48, 32, 64])  # 32: gate_up is square, 64: down is
+def test_experts_lie_either_way(tmp_path: Path, turned: bool, inner: int) -> None:
+    config = ref.config_of("qwen3_vl_moe")
+    config["text_config"]["moe_intermediate_size"] = inner
+    original = ref.ours(config).state_dict()
+    table = family_of(config).weightmap(config, [])
+    source = hub_directory(tmp_path / "in", config, table.forward(original) if turned else original)
+    shape = Checkpoint(source).entries["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape
+    assert shape == ((8, 64, 2 * inner) if turned else (8, 2 * inner, 64))
+    model, table = loaded(source, config)
+    assert all(torch.equal(value, original[key]) for key, value in model.state_dict().items())
+    (tmp_path / "out").mkdir()
+    save(model.state_dict(), tmp_path / "out", table, source=source)
+    same_files(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_vl_moe"])
+def test_a_share_of_the_experts_reads_its_own_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stacked: bool
+) -> None:
+    """Two of eight experts: a quarter of the bytes is read, whichever way they lie."""
+    config = ref.config_of(name)
+    original = ref.ours(config).state_dict()
+    released = family_of(config).weightmap(config, [])
+    source = hub_directory(tmp_path / "in", config, original if stacked else released.forward(original))
+    checkpoint, read = Checkpoint(source), []
+    plain = Checkpoint.read
+
+    def counted(self: Checkpoint, name: str, part: Any = None) -> Tensor:
+        found = plain(self, name, part)
+        read.append(found.nbytes)
+        return found
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    shapes = {key: tuple(value.shape) for key, value in original.items()}
+    table = family_of(config).weightmap(config, checkpoint.names)
+    table = table.settled(shapes, {key: entry.shape for key, entry in checkpoint.entries.items()})
+    for key in (key for key in shapes if ".experts." in key):
+        pieces = table.pieces(key, shapes[key])
+        part = (slice(4, 6), *(slice(0, size) for size in shapes[key][1:]))
+        target = place(
+            torch.empty(original[key][4:6].shape, device="meta"),
+            lambda region, pieces=pieces, part=part: hf._read(checkpoint, pieces, part),
+            torch.float32,
+            torch.device("cpu"),
+        )
+        assert torch.equal(target, original[key][4:6])
+        assert sum(read) * 4 == original[key].nbytes
+        read.clear()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -98,7 +193,7 @@ def test_transformers_reads_and_writes_the_same(tmp_path: Path, name: str) -> No
         for parameter in model.parameters():
             parameter.mul_(0.9)
     (tmp_path / "out").mkdir()
-    save(model.named_parameters(), tmp_path / "out", table, source=tmp_path / "in")
+    save(model.state_dict(), tmp_path / "out", table, source=tmp_path / "in")
     auto = AutoModelForImageTextToText if name in ref.VLMS else AutoModelForCausalLM
     again, report = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]

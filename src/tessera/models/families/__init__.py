@@ -14,8 +14,12 @@ from tessera.contract.model import Family, HFConfig
 FAMILIES: dict[str, str] = {
     "qwen2_5_vl": "tessera.models.families.qwen2_5_vl:FAMILY",
     "qwen3_vl": "tessera.models.families.qwen3_vl:FAMILY",
+    "qwen3_vl_moe": "tessera.models.families.qwen3_vl_moe:FAMILY",
+    "glm4v_moe": "tessera.models.families.glm4v_moe:FAMILY",
+    "internvl": "tessera.models.families.internvl:FAMILY",
     "qwen2": "tessera.models.families.qwen2:FAMILY",
     "qwen3": "tessera.models.families.qwen3:FAMILY",
+    "qwen3_moe": "tessera.models.families.qwen3_moe:FAMILY",
     "llama": "tessera.models.families.llama:FAMILY",
 }
 """``model_type`` of a config.json -> "module:attribute" of its family."""

@@ -16,9 +16,10 @@ from tessera.config.errors import UserError
 from tessera.contract.batch import Normalisation
 from tessera.contract.model import Family, HFConfig
 from tessera.contract.plan import Groups, Plan
-from tessera.contract.weightmap import Tie, WeightMap
+from tessera.contract.weightmap import Stack, Tie, WeightMap
 from tessera.models.decoder import DecoderConfig
 from tessera.models.geometry import TextGeometry
+from tessera.models.moe import MoEConfig
 from tessera.models.rope import RopeConfig
 from tessera.models.vlm import VLM
 
@@ -34,11 +35,22 @@ def tied(config: HFConfig) -> bool:
     return bool(config.get("tie_word_embeddings", False) or text_config(config).get("tie_word_embeddings", False))
 
 
-def rope_config(text: HFConfig, *, theta: float, sections: Sequence[int] = (), interleaved: bool = False) -> RopeConfig:
-    """RoPE of a decoder config; ``theta`` is the family's default, ``sections`` its m-RoPE default."""
+def rope_config(
+    text: HFConfig,
+    *,
+    theta: float,
+    sections: Sequence[int] = (),
+    interleaved: bool = False,
+    partial: float | None = None,
+) -> RopeConfig:
+    """RoPE of a decoder config; ``theta`` is the family's default, ``sections`` its m-RoPE default.
+
+    ``partial`` is the default share of a head that is turned, for families that can turn a part.
+    """
     scaling: Mapping[str, Any] = text.get("rope_parameters") or text.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if scaling.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0)) != 1.0:
+    share = scaling.get("partial_rotary_factor", text.get("partial_rotary_factor", partial or 1.0))
+    if partial is None and share != 1.0:
         raise UserError("config.json: partial_rotary_factor other than 1 is not supported by this family")
     if kind == "llama3" and "original_max_position_embeddings" not in scaling:
         scaling = {**scaling, "original_max_position_embeddings": text["max_position_embeddings"]}
@@ -48,11 +60,20 @@ def rope_config(text: HFConfig, *, theta: float, sections: Sequence[int] = (), i
         scaling=scaling,
         sections=tuple(scaling.get("mrope_section", sections)) if sections else (),
         interleaved=interleaved,
+        partial=float(share),
     )
 
 
 def decoder_config(
-    text: HFConfig, rope: RopeConfig, *, tie: bool, qkv_bias: bool, out_bias: bool, mlp_bias: bool, qk_norm: bool
+    text: HFConfig,
+    rope: RopeConfig,
+    *,
+    tie: bool,
+    qkv_bias: bool,
+    out_bias: bool,
+    mlp_bias: bool,
+    qk_norm: bool,
+    moe: MoEConfig | None = None,
 ) -> DecoderConfig:
     """Sizes from a decoder config; UserError for an option the decoder does not have."""
     heads = text["num_attention_heads"]
@@ -78,6 +99,24 @@ def decoder_config(
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
         tied=tie,
+        moe=moe,
+    )
+
+
+def stepped_layers(text: HFConfig) -> frozenset[int]:
+    """Sparse layers where every ``decoder_sparse_step``-th is one, except ``mlp_only_layers``."""
+    step, dense = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or ()
+    return frozenset(i for i in range(text["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0)
+
+
+def expert_stacks(decoder: str, disk_names: Sequence[str]) -> tuple[Stack, ...]:
+    """Rules for experts that lie on disk one by one, below the decoder called ``decoder``; none if they are stacked."""
+    if any(name.endswith(".mlp.experts.gate_up_proj") for name in disk_names):
+        return ()
+    experts = f"{decoder}.layers.*.mlp.experts"
+    return (
+        Stack(f"{experts}.gate_up_proj", (f"{experts}.#.gate_proj.weight", f"{experts}.#.up_proj.weight")),
+        Stack(f"{experts}.down_proj", (f"{experts}.#.down_proj.weight",)),
     )
 
 
@@ -131,6 +170,7 @@ TEXT_PLAN = Plan(
     recompute_decoder=("model.layers.*",),
     tensor=tensor_rows("model"),
     recompute_modules=decoder_parts("model.layers.*"),
+    experts=("model.layers.*.mlp.experts",),
 )
 
 
@@ -142,6 +182,7 @@ def vlm_plan(aligner: Sequence[str]) -> Plan:
         recompute_decoder=("model.language_model.layers.*",),
         recompute_tower=("model.visual.blocks.*",),
         tensor=tensor_rows("model.language_model"),
+        experts=("model.language_model.layers.*.mlp.experts",),
         recompute_modules=decoder_parts("model.language_model.layers.*"),
     )
 
@@ -160,10 +201,10 @@ def text_geometry(config: HFConfig, preprocessor: Mapping[str, Any]) -> TextGeom
     return TextGeometry()
 
 
-def text_family(name: str, build: Any, tiny: Any) -> Family:
+def text_family(name: str, build: Any, tiny: Any, weights: Any = text_weights) -> Family:
     """A family without a tower."""
 
     def module(config: HFConfig) -> nn.Module:
         return VLM(build(config))
 
-    return Family(name, (name,), module, text_geometry, lambda config: TEXT_PLAN, text_weights, tiny)
+    return Family(name, (name,), module, text_geometry, lambda config: TEXT_PLAN, weights, tiny)

@@ -140,6 +140,10 @@ class SquareGeometry:
             raise UserError("this model takes images only: choose another model or a dataset without videos")
         return self.patch_size, self.patch_size
 
+    def canvases(self, height: int, width: int, frames: int = 1) -> tuple[tuple[int, int], ...]:
+        """One: the square."""
+        return (self.resized(height, width, frames),)
+
     def grid(self, height: int, width: int, frames: int = 1) -> Grid:
         """One patch: the image."""
         self.resized(height, width, frames)
