@@ -81,6 +81,23 @@ MATRIX = [
     Row(8, {"pp": 2, "tp": 2}, schedule="interleaved", chunks=2, layers=8),
     Row(8, {"pp": 2, "tp": 2}, flags=LORA, schedule="zero_bubble", chunks=2, layers=8),
     Row(8, {"pp": 2, "cp": 2, "tp": 2}),
+    Row(2, {"ep": 2}, "qwen3_moe", core=True),
+    Row(2, {"ep": 2}, "qwen3_vl_moe"),
+    Row(2, {"ep": 2}, "glm4v_moe"),
+    Row(2, {"ep": 2}, "qwen3_vl_moe", flags=LORA),
+    Row(2, {"tp": 2}, "qwen3_vl_moe"),
+    Row(2, {"tp": 2}, "glm4v_moe"),
+    Row(2, {"tp": 2}, "internvl"),
+    Row(2, {"cp": 2}, "internvl"),
+    Row(2, {"pp": 2}, "internvl"),
+    Row(2, {"pp": 2}, "glm4v_moe"),
+    Row(4, {"ep": 2, "tp": 2}, "qwen3_vl_moe"),
+    Row(4, {"ep": 4, "tp": 2}, "qwen3_moe"),
+    Row(4, {"ep": 4, "tp": 2}, "qwen3_vl_moe", flags=LORA),
+    Row(4, {"ep": 2, "cp": 2}, "qwen3_vl_moe"),
+    Row(4, {"ep": 2, "replicate": 2}, "qwen3_moe"),
+    Row(8, {"pp": 2, "ep": 4, "tp": 2}, "qwen3_moe", layers=4),
+    Row(8, {"pp": 2, "ep": 2, "tp": 2, "cp": 2}, "qwen3_vl_moe"),
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tessera.contract.model import Head
 from tests.parity import reference as ref
 
 IMAGES: list[ref.Sample] = [[5, (1, 4, 6), 7], [3, (1, 8, 8), 4, (1, 4, 4), 6], [9], [2, (1, 10, 12), 11], [4]]
@@ -56,7 +57,7 @@ def test_forward_and_backward(name: str, changes: dict[str, Any], samples: list[
     mine = model(batch, ref.loss)
     mine.total.backward()
     head = torch.eye(expected.shape[-1])
-    loss = ref.loss(expected, head, batch)
+    loss = ref.loss(expected, Head(head), batch)
     loss.total.backward()
     assert abs(float((mine.total - loss.total).detach())) < 2e-6 * float(loss.total.detach())
     worst, where = ref.worst_gradient(ref.gradients(model), ref.gradients(theirs))

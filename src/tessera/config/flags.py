@@ -241,6 +241,8 @@ REST = (
     F("context_parallel_size", "parallel", "int", 1, "ranks that share the tokens of one batch", low=1),
     F("cp_comm_type", "parallel", "str", "allgather", "how they attend: gather keys and values, or exchange heads",
       choices=("allgather", "a2a")),
+    F("expert_model_parallel_size", "parallel", "int", 1, "ranks that the experts of a sparse layer are divided among",
+      low=1),
     F("data_parallel_replicate_size", "parallel", "int", 1, "copies of the sharded model (HSDP)", low=1),
     F("vision_balance", "parallel", "bool", True, "spread the images of a step evenly over the data-parallel ranks"),
     F("ddp_timeout", "parallel", "int", 1800, "seconds without progress until the run ends and names the rank", low=1),

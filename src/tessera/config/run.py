@@ -186,6 +186,7 @@ class ParallelArgs:
     pipeline_schedule: str
     context_parallel_size: int
     cp_comm_type: str
+    expert_model_parallel_size: int
     data_parallel_replicate_size: int
     vision_balance: bool
     ddp_timeout: int

@@ -68,7 +68,7 @@ def apply(
     """
     if mesh.grid is None:
         return
-    from tessera.parallel import tensor
+    from tessera.parallel import expert, tensor
     from tessera.parallel.seams import RankSeams
 
     layout = mesh.layout
@@ -85,6 +85,7 @@ def apply(
         tensor.split(model, plan, mesh)
     elif balances(plan, mesh, spread):
         decoder.seams = RankSeams(mesh, 0, "stage")
+    expert.split(model, plan, mesh)
     fsdp.shard(model, plan, mesh, compute_dtype=compute_dtype, roots=stages)
 
 

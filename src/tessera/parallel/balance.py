@@ -28,6 +28,7 @@ from torch.distributed import ProcessGroup
 
 from tessera.contract.batch import Batch, Grid, Media, Route
 from tessera.contract.model import Geometry
+from tessera.parallel.collectives import travel
 from tessera.parallel.context import Division
 from tessera.parallel.mesh import Mesh
 
@@ -224,19 +225,13 @@ class Deliver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, route: Route, group: ProcessGroup) -> Tensor:
         ctx.group, ctx.route, ctx.rows = group, route, x.shape[0]
-        return _sent(x.index_select(0, route.picked), route.sent, route.received, group)
+        return travel(x.index_select(0, route.picked), route.sent, route.received, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         route: Route = ctx.route
-        back = _sent(grads[0], route.received, route.sent, ctx.group)
+        back = travel(grads[0], route.received, route.sent, ctx.group)
         return back.new_zeros(ctx.rows, *back.shape[1:]).index_copy_(0, route.picked, back), None, None
-
-
-def _sent(x: Tensor, out: Sequence[int], into: Sequence[int], group: ProcessGroup) -> Tensor:
-    arrived = x.new_empty(sum(into), *x.shape[1:])
-    dist.all_to_all_single(arrived, x.contiguous(), list(into), list(out), group=group)
-    return arrived
 
 
 def deliver(x: Tensor, route: Route, group: ProcessGroup) -> Tensor:

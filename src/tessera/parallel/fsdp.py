@@ -52,21 +52,22 @@ def shard(
     units = {name: module for name, module in model.named_modules() if any(matches(p, name) for p in plan.fsdp_units)}
     # The tower as a whole is a unit of its own where its ranks are others than the decoder's.
     apart = mesh.layout.tp > 1
-    units |= {name: model.get_submodule(name) for name in plan.groups.vit if apart and _has(model, name)}
-    for name, unit in units.items():
-        fully_shard(
-            unit, mesh=tower if within(vision, name) else decoder, reshard_after_forward=reshard, mp_policy=policy
-        )
+    held = dict(model.named_modules())
+    outside = [name for name in plan.groups.aligner if not within(plan.groups.vit, name)]
+    units |= {name: held[name] for name in (*plan.groups.vit, *outside) if apart and name in held}
+    # So are experts: ranks of a tensor group send them tokens of their own, and expert ranks hold different ones.
+    stacks = {name: module for name, module in held.items() if any(matches(p, name) for p in plan.experts)}
+    experts = mesh.sharded("edp" if mesh.layout.ep > 1 else "stage")
+    units |= stacks if apart or mesh.layout.ep > 1 else {}
+    for name in sorted(units, key=lambda name: -name.count(".")):  # the inner ones first
+        where = experts if name in stacks else tower if within(vision, name) else decoder
+        fully_shard(units[name], mesh=where, reshard_after_forward=reshard, mp_policy=policy)
     for root in roots or (model,):
         fully_shard(root, mesh=decoder, reshard_after_forward=False, mp_policy=policy)
         for module in root.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    return name in dict(model.named_modules())
 
 
 def set_gradient_sync(model: nn.Module, mesh: Mesh, enabled: bool) -> None:

@@ -164,6 +164,9 @@ class Mesh(Place):
     def sharded(self, name: str) -> DeviceMesh:
         """The mesh that parameters are sharded over along ``name``, behind a dimension of replicas if there are any."""
         assert self.grid is not None
+        if name == "edp":
+            assert self.experts is not None
+            return self.experts["replicate", "edp"] if self.layout.replicate > 1 else self.experts["edp"]
         if self.layout.replicate == 1:
             return self.axis(name)
         from torch.distributed.device_mesh import DeviceMesh

@@ -39,6 +39,7 @@ def layout_of_run(run: Run, world: int) -> ParallelLayout:
         pp=parallel.pipeline_model_parallel_size,
         cp=parallel.context_parallel_size,
         tp=parallel.tensor_model_parallel_size,
+        ep=parallel.expert_model_parallel_size,
         replicate=parallel.data_parallel_replicate_size,
         zero=fsdp.DEFAULT_STAGE if parallel.zero_stage is None else parallel.zero_stage,
     )

@@ -15,7 +15,6 @@ slice by slice and gathered one at a time.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import struct
@@ -31,24 +30,10 @@ from torch import Tensor, nn
 
 from tessera.config.errors import UserError
 from tessera.contract.weightmap import Piece, WeightMap
+from tessera.weights.files import DTYPES, Entry, Writer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 SIDE_FILES = (
     "config.json",
@@ -65,17 +50,6 @@ SIDE_FILES = (
     "additional_chat_templates",
 )
 """Everything beside the weights that a checkpoint needs to be loadable."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor on disk: its file, type, shape and byte range within the file's data."""
-
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 class Checkpoint:
@@ -288,11 +262,11 @@ def save(
         writer = None
         metadata = origin.metadata if origin else {}
         if creates:
-            writer = _Writer(out_dir, entries, metadata, stack)
+            writer = Writer(out_dir, entries, metadata, stack)
         if together is not None:
             together.barrier()
             if write and not creates:
-                writer = _Writer(out_dir, entries, metadata, stack, create=False)
+                writer = Writer(out_dir, entries, metadata, stack, create=False)
         for name, tensor in ours.items():
             value = tensor.detach() if _plain(tensor) else gathered(tensor)
             if writer is not None:
@@ -456,58 +430,6 @@ def _sharded(shapes: Mapping[str, Shape], dtype: torch.dtype | None, limit: int)
         file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         entries |= _packed(group, file)
     return entries
-
-
-class _Writer:
-    """Safetensors files whose headers are written first; tensors then go to their places in any order.
-
-    Other processes may open the files that one has created (``create`` false) and put tensors of their own.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        entries: Mapping[str, Entry],
-        metadata: Mapping[str, dict[str, str]],
-        stack: ExitStack,
-        *,
-        create: bool = True,
-    ) -> None:
-        names = {dtype: name for name, dtype in DTYPES.items()}
-        self._entries = entries
-        self._files: dict[str, tuple[int, int]] = {}
-        for file in dict.fromkeys(entry.file for entry in entries.values()):
-            held = sorted((e.start, e.end, n) for n, e in entries.items() if e.file == file)
-            meta = metadata.get(file, {"format": "pt"})
-            header: dict[str, Any] = {"__metadata__": meta} if meta else {}
-            for start, end, name in held:
-                entry = entries[name]
-                header[name] = {"dtype": names[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
-            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-            text += b" " * (-len(text) % 8)
-            flags = os.O_WRONLY | (os.O_CREAT | os.O_TRUNC if create else 0)
-            descriptor = os.open(folder / file, flags, 0o644)
-            stack.callback(os.close, descriptor)
-            self._files[file] = (descriptor, 8 + len(text))
-            if create:
-                _write_all(descriptor, struct.pack("<Q", len(text)) + text, 0)
-
-    def put(self, name: str, value: Tensor) -> None:
-        """Write the tensor called ``name`` on disk, in the type its entry says."""
-        entry = self._entries[name]
-        descriptor, data = self._files[entry.file]
-        flat = value.to("cpu", entry.dtype).contiguous().reshape(-1)
-        assert flat.nbytes == entry.end - entry.start
-        if flat.nbytes:
-            _write_all(descriptor, flat.view(torch.uint8).numpy().data, data + entry.start)
-
-
-def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write everything at ``offset``; OSError if the disk is full."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def _write_index(folder: Path, entries: Mapping[str, Entry], origin: Checkpoint | None) -> None:

@@ -70,7 +70,7 @@ def test_all_linear_covers_experts(adapt_args, tmp_path: Path) -> None:
     model(batch, ref.loss).total.backward()
     assert all(model.get_parameter(name).grad is not None for name in made.trainable)
     assert not any("base_layer" in name or "mlp.gate." in name for name in ref.gradients(model))
-    adapt.save_adapter(model, made, tmp_path, base_model=None)
+    adapt.save_adapter(adapt.adapter_tensors(model, made), made, tmp_path, base_model=None)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["lora_dropout"] == 0.0, "peft could not load it"
     assert {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"} <= set(written["target_parameters"])

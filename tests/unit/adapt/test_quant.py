@@ -80,7 +80,7 @@ def test_its_adapter_is_an_ordinary_one(vl, adapt_args, shake, tmp_path) -> None
     four = adapt.Quantisation(4)
     made = adapt.apply(model, adapt_args(modules_to_save=("lm_head",)), vl.plan, seed=1, quantisation=four)
     shake(model)
-    adapt.save_adapter(model, made, tmp_path, base_model=None)
+    adapt.save_adapter(adapt.adapter_tensors(model, made), made, tmp_path, base_model=None)
     with pytest.raises(UserError, match="quantised"):
         adapt.merge(model)
     plain = vl.make()
