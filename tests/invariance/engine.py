@@ -80,6 +80,7 @@ def train(
         mesh.layout.zero >= 2,
         sharder,
         pipeline,
+        routers=placement.routers_of(run, model),
     )
     results = []
     for index, batches in enumerate(steps):

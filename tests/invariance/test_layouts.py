@@ -6,7 +6,7 @@ The matrix is data: one row per layout, and who runs it with which model and fla
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -41,64 +41,85 @@ class Row:
         axes = "x".join(f"{name}{size}" for name, size in self.axes.items())
         extra = [self.spread.cp_comm] if "cp" in self.axes else []
         extra += ["local"] if not self.spread.vision_balance else []
-        extra += [str(value) for value in self.flags.values() if isinstance(value, str)]
+        extra += ["lora"] if "train_type" in self.flags else []
+        extra += [name for name in self.flags if name in ("use_dora", "freeze_llm")]
         extra += [self.schedule] if "pp" in self.axes else []
         extra += [f"packs{self.per_batch}"] if self.per_batch > 1 else []
         return "-".join([self.model, axes, *extra])
 
 
 A2A, LOCAL = Spread(cp_comm="a2a"), Spread(vision_balance=False)
-MATRIX = [
-    Row(2, {"tp": 2}, core=True),
-    Row(2, {"tp": 2}, "qwen2_5_vl"),
-    Row(2, {"tp": 2}, "llama"),
-    Row(2, {"tp": 2}, flags=LORA),
-    Row(2, {"tp": 2}, per_batch=4),
-    Row(2, {"cp": 2}, core=True, per_batch=2),
-    Row(2, {"cp": 2}, spread=A2A, core=True, per_batch=2),
-    Row(2, {"cp": 2}, "qwen2_5_vl"),
-    Row(2, {"cp": 2}, flags=LORA),
-    Row(2, {}, spread=LOCAL),
-    Row(4, {"tp": 2}, core=True),
-    Row(4, {"tp": 2, "zero": 3}),
-    Row(4, {"tp": 2}, spread=LOCAL),
-    Row(4, {"tp": 2, "zero": 0}),
-    Row(4, {"tp": 2, "cp": 2}, per_batch=4),
-    Row(4, {"replicate": 2}),
-    Row(4, {"cp": 2}, flags=LORA),
-    Row(2, {"pp": 2}, core=True),
-    Row(2, {"pp": 2}, "qwen2_5_vl"),
-    Row(2, {"pp": 2}, "llama"),
-    Row(2, {"pp": 2}, schedule="interleaved", chunks=2, layers=8, core=True),
-    Row(2, {"pp": 2}, schedule="zero_bubble", chunks=2, layers=8),
-    Row(2, {"pp": 2}, schedule="zero_bubble"),
-    Row(2, {"pp": 2}, flags=LORA),
-    Row(4, {"pp": 4}, layers=8),
-    Row(4, {"pp": 2, "tp": 2}),
-    Row(4, {"pp": 2, "cp": 2}),
-    Row(4, {"pp": 2}, flags={"freeze_llm": True, "freeze_vit": True}),
+DENSE = ("qwen2", "qwen3", "llama", "qwen2_5_vl", "qwen3_vl", "internvl")
+SPARSE = ("qwen3_moe", "qwen3_vl_moe", "glm4v_moe")
+INTERLEAVED = {"schedule": "interleaved", "chunks": 2, "layers": 8}
+ZERO_BUBBLE = {"schedule": "zero_bubble", "chunks": 2, "layers": 8}
+
+CORE = [
+    Row(2, {"tp": 2}),
+    Row(2, {"cp": 2}, per_batch=2),
+    Row(2, {"cp": 2}, spread=A2A, per_batch=2),
+    Row(2, {"pp": 2}),
+    Row(2, {"pp": 2}, **INTERLEAVED),
+    Row(2, {"ep": 2}, "qwen3_moe"),
+    Row(4, {"tp": 2}, flags=LORA),
     Row(8, {"pp": 2, "tp": 2}),
-    Row(8, {"pp": 2, "tp": 2}, schedule="interleaved", chunks=2, layers=8),
-    Row(8, {"pp": 2, "tp": 2}, flags=LORA, schedule="zero_bubble", chunks=2, layers=8),
-    Row(8, {"pp": 2, "cp": 2, "tp": 2}),
-    Row(2, {"ep": 2}, "qwen3_moe", core=True),
-    Row(2, {"ep": 2}, "qwen3_vl_moe"),
-    Row(2, {"ep": 2}, "glm4v_moe"),
-    Row(2, {"ep": 2}, "qwen3_vl_moe", flags=LORA),
-    Row(2, {"tp": 2}, "qwen3_vl_moe"),
-    Row(2, {"tp": 2}, "glm4v_moe"),
-    Row(2, {"tp": 2}, "internvl"),
-    Row(2, {"cp": 2}, "internvl"),
-    Row(2, {"pp": 2}, "internvl"),
-    Row(2, {"pp": 2}, "glm4v_moe"),
-    Row(4, {"ep": 2, "tp": 2}, "qwen3_vl_moe"),
-    Row(4, {"ep": 4, "tp": 2}, "qwen3_moe"),
-    Row(4, {"ep": 4, "tp": 2}, "qwen3_vl_moe", flags=LORA),
-    Row(4, {"ep": 2, "cp": 2}, "qwen3_vl_moe"),
-    Row(4, {"ep": 2, "replicate": 2}, "qwen3_moe"),
-    Row(8, {"pp": 2, "ep": 4, "tp": 2}, "qwen3_moe", layers=4),
-    Row(8, {"pp": 2, "ep": 2, "tp": 2, "cp": 2}, "qwen3_vl_moe"),
 ]
+"""What every test run checks: each kind of parallelism once, and most of them together."""
+
+LAYOUTS: list[tuple[int, dict[str, int], dict[str, Any]]] = [
+    (2, {"tp": 2}, {}),
+    (2, {"tp": 2}, {"per_batch": 4}),
+    (2, {"cp": 2}, {}),
+    (2, {"cp": 2}, {"spread": A2A}),
+    (2, {"pp": 2}, {}),
+    (2, {"pp": 2}, INTERLEAVED),
+    (2, {"pp": 2}, ZERO_BUBBLE),
+    (2, {"zero": 0}, {}),
+    (2, {"zero": 1}, {}),
+    (2, {"zero": 2}, {"spread": LOCAL}),
+    (2, {"zero": 3}, {}),
+    (4, {"replicate": 2}, {}),
+    (4, {"pp": 2, "tp": 2}, {}),
+    (4, {"cp": 2, "tp": 2}, {"per_batch": 2}),
+    (4, {"pp": 2, "cp": 2}, {}),
+    (8, {"pp": 2, "tp": 2}, {}),
+]
+EXPERTS: list[tuple[int, dict[str, int], dict[str, Any]]] = [
+    (2, {"ep": 2}, {}),
+    (2, {"ep": 2}, {"per_batch": 4}),
+    (4, {"ep": 2, "tp": 2}, {}),
+    (4, {"ep": 4, "tp": 2}, {}),
+    (4, {"ep": 2, "cp": 2}, {}),
+    (4, {"ep": 2, "replicate": 2}, {}),
+    (8, {"pp": 2, "ep": 4, "tp": 2}, {}),
+    (8, {"pp": 2, "ep": 2, "cp": 2, "tp": 2}, {}),
+]
+MORE = [
+    Row(4, {"tp": 2, "zero": 3}),
+    Row(4, {"tp": 2, "zero": 0}),
+    Row(4, {"tp": 2}, spread=LOCAL),
+    Row(2, {"pp": 2}, schedule="zero_bubble"),
+    Row(4, {"pp": 4}, layers=6),
+    Row(4, {"pp": 2}, flags={"freeze_llm": True, "freeze_vit": True}),
+    Row(2, {"tp": 2}, flags={"freeze_llm": True, "freeze_vit": True}),
+    Row(2, {"cp": 2}, flags={"use_dora": True, **LORA}),
+    Row(2, {"pp": 2}, flags={"use_dora": True, **LORA}),
+    Row(8, {"pp": 2, "tp": 2}, **INTERLEAVED),
+    Row(8, {"pp": 2, "tp": 2}, flags=LORA, **ZERO_BUBBLE),
+    Row(8, {"pp": 2, "cp": 2, "tp": 2}),
+]
+
+
+def matrix() -> list[Any]:
+    """CORE, then every family with every layout, trained whole and with adapters, and some more."""
+    rows = [replace(row, core=True) for row in CORE]
+    for name in (*DENSE, *SPARSE):
+        for ranks, axes, more in [*LAYOUTS, *(EXPERTS if name in SPARSE else [])]:
+            rows += [Row(ranks, axes, name, flags=flags, **more) for flags in ({}, LORA)]
+    named: dict[str, Row] = {}
+    for row in [*rows, *MORE]:
+        named.setdefault(str(row), row)
+    return [pytest.param(row, id=name, marks=[] if row.core else [pytest.mark.parallel]) for name, row in named.items()]
 
 
 def config_for(row: Row) -> dict[str, Any]:
@@ -116,9 +137,7 @@ def on_ranks(row: Row) -> Trajectory:
     return train(config, steps, mesh=mesh, **shape, **row.flags)
 
 
-@pytest.mark.parametrize(
-    "row", [pytest.param(row, id=str(row), marks=[] if row.core else [pytest.mark.parallel]) for row in MATRIX]
-)
+@pytest.mark.parametrize("row", matrix())
 def test_layout_is_one_process(row: Row) -> None:
     config = config_for(row)
     want = train(config, [packed(config, row.per_batch, step) for step in range(3)], **row.flags)

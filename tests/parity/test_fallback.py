@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tessera.config.errors import UserError
 from tessera.contract.batch import Batch
 from tessera.contract.memory import Recompute
+from tessera.contract.model import Head
 from tessera.models.families import family_of
 from tessera.models.families.fallback import FAMILY
 from tessera.models.tower import channel_major, normalise
@@ -66,7 +67,7 @@ def test_forward_and_backward(checkpoint: tuple[Path, dict[str, Any], nn.Module]
     logits = model.get_submodule("lm_head")(model(batch))
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-6)
     model(batch, ref.loss).total.backward()
-    ref.loss(expected, torch.eye(expected.shape[-1]), batch).total.backward()
+    ref.loss(expected, Head(torch.eye(expected.shape[-1])), batch).total.backward()
     worst, where = ref.worst_gradient(ref.gradients(model), ref.gradients(reference))
     assert worst < 1e-5, where
 

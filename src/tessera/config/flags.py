@@ -185,6 +185,9 @@ TRAINING = (
     F("gradient_checkpointing", "train", "bool", True, "true is --recompute_granularity full, false none"),
     F("vit_gradient_checkpointing", "train", "bool", None,
       "recompute every block of the tower; as the decoder if not given"),
+    F("moe_aux_loss_coeff", "train", "float", 0.0, "weight of the loss that keeps experts equally busy", low=0,
+      aliases=("router_aux_loss_coef",)),
+    F("moe_shared_expert_overlap", "train", "bool", False, "run shared experts beside the exchange of tokens (GPU)"),
     F("loss_chunk_size", "train", "int", 1024, "rows of logits held at once", low=1),
     F("max_bad_steps", "train", "int", 5, "stop after this many non-finite steps in a row", low=1),
     F("eval_strategy", "train", "str", None, "when to evaluate; as --save_strategy if not given",
@@ -287,6 +290,8 @@ INERT = (
       "has nothing to split"),
     F("cross_entropy_loss_fusion", "inert", "bool", inert="head and cross entropy are always one, split over tensor "
       "ranks"),
+    F("moe_grouped_gemm", "inert", "bool", inert="experts are always multiplied in one grouped product"),
+    F("moe_permute_fusion", "inert", "bool", inert="tokens are sorted by expert in one pass either way"),
     F("check_model", "inert", "bool", inert="every tensor of a checkpoint is accounted for when it is loaded"),
     F("use_hf", "inert", "bool", env="USE_HF", inert="ids are always looked up on the Hugging Face hub"),
     F("infer_backend", "inert", "str", choices=("pt", "transformers"), inert="the engine is always tessera's own"),

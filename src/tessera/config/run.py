@@ -118,6 +118,8 @@ class TrainArgs:
     seed: int
     gradient_checkpointing: bool
     vit_gradient_checkpointing: bool
+    moe_aux_loss_coeff: float
+    moe_shared_expert_overlap: bool
     loss_chunk_size: int
     max_bad_steps: int
     eval_strategy: str

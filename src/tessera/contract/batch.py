@@ -91,7 +91,8 @@ class Route:
 class Shard:
     """Which part of a packed row a context rank holds, and what its attention runs over.
 
-    ``rows`` tokens lie on this rank, fillers included; all ranks of the group hold as many. ``queries`` are the runs of
+    ``rows`` tokens lie on this rank, fillers included; all ranks of the group hold as many. ``own`` of those of this
+    tensor rank are real ones, and they come first. ``queries`` are the runs of
     rows that attend together. With ``keys``, run ``i`` attends to its own key run, whose last row is its own last token
     (rows ``gathered`` of what all ranks hold, rank after rank). Without, ``queries`` are whole sequences in rows
     ``gathered``, and ``inverse`` is where each held row finds itself in them (-1: a filler).
@@ -99,6 +100,7 @@ class Shard:
 
     rows: int
     queries: Segments
+    own: int
     keys: Segments | None = None
     gathered: Tensor | None = None
     inverse: Tensor | None = None
@@ -197,6 +199,13 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return self.segments.total
+
+    @property
+    def real_rows(self) -> int:
+        """Rows on this rank that are tokens of samples: none of an empty microbatch, no fillers."""
+        if all(index < 0 for index in self.sample_ids):
+            return 0
+        return self.num_tokens if self.shard is None else self.shard.own
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on ``device``; host-side integers are shared."""

@@ -18,7 +18,8 @@ how much probability it got; both are sums over tokens, so :class:`Routing` coll
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,18 +65,33 @@ class Load:
     tokens: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """By layer, ``rates [E] float32``: what a unit of summed probability costs at each expert."""
+
+    rates: Mapping[int, Tensor]
+
+
 class Routing:
     """Collects the :class:`Load` of every sparse layer in one forward pass; hand in a fresh one per microbatch.
 
+    Only the first ``rows`` rows are tokens (None: all of them); the rest fill a rank's share up. With ``shares`` a
+    layer's probabilities have a price, whose gradient backward adds. ``detached`` loads keep no graph alive.
+
     With activation recomputation a layer runs twice. The first report counts: its graph is the one that backward goes
-    through (a checkpoint recomputes the values that graph saved), the second is dropped.
+    through (a checkpoint recomputes the values that graph saved), the second is dropped. Not a dataclass, because
+    FSDP's hooks would hand each layer a copy.
     """
 
-    loads: dict[int, Load] = field(default_factory=dict)
+    def __init__(self, rows: int | None = None, shares: Shares | None = None, *, detached: bool = False) -> None:
+        self.rows, self.shares = rows, shares
+        self.loads: dict[int, Load] = {}
+        self._detached = detached
 
     def report(self, layer: int, load: Load) -> None:
         """Keep what layer ``layer`` did, unless it is known."""
+        if self._detached:
+            load = replace(load, probabilities=load.probabilities.detach())
         self.loads.setdefault(layer, load)
 
     def counts(self) -> Tensor:
@@ -250,10 +266,28 @@ class LocalExperts:
         return mixed.squeeze(1)
 
 
+class _Priced(torch.autograd.Function):
+    """``x`` as it is; backward also starts a gradient of one at the 0-dim ``price``.
+
+    So a loss that arises inside a layer needs no way out of it: not through a pipeline stage's output, not through a
+    checkpoint.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, price: Tensor) -> Tensor:
+        ctx.like = price.new_ones(())
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], ctx.like
+
+
 class MoE(nn.Module):
     """Router, experts and, for some models, an MLP shared by all tokens; takes the place of an MLP on ``[T, H]``.
 
-    ``seam`` is :class:`LocalExperts` until a parallel engine replaces it.
+    ``seam`` is :class:`LocalExperts` until a parallel engine replaces it. ``overlap`` lets the shared experts run
+    beside the exchange of tokens.
     """
 
     def __init__(self, config: MoEConfig, hidden: int, index: int) -> None:
@@ -263,15 +297,39 @@ class MoE(nn.Module):
         self.experts = Experts(config.experts, hidden, config.inner)
         self.shared_experts = GatedMLP(hidden, config.shared, bias=False) if config.shared else None
         self.seam: ExpertSeam = LocalExperts()
+        self.overlap = False
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """``x [T, H]`` to ``[T, H]``; what the router did goes to ``routing``."""
         weights, chosen, scores = self.gate(x)
-        if routing is not None:
-            routing.report(self.index, load(chosen, scores))
+        shared = self._beside(x)
         dispatched = self.seam.dispatch(x, chosen, scores.shape[1])
         out = self.seam.combine(self.experts(dispatched.rows, dispatched.counts), weights, dispatched)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+        if routing is not None:
+            found = load(chosen[: routing.rows], scores[: routing.rows])
+            routing.report(self.index, found)
+            if routing.shares is not None:
+                out = _Priced.apply(out, (found.probabilities * routing.shares.rates[self.index]).sum())
+        return out if shared is None else out + shared()
+
+    def _beside(self, x: Tensor) -> Callable[[], Tensor] | None:
+        """The shared experts on ``x``, begun before the exchange; on a GPU on a stream of their own if ``overlap``."""
+        shared = self.shared_experts
+        if shared is None:
+            return None
+        if not (self.overlap and x.is_cuda):
+            return lambda: shared(x)
+        side, main = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            out: Tensor = shared(x)
+
+        def joined() -> Tensor:
+            main.wait_stream(side)
+            out.record_stream(main)
+            return out
+
+        return joined
 
 
 def load(chosen: Tensor, scores: Tensor) -> Load:

@@ -13,13 +13,14 @@ the whole model without memory (meta), keeps what its stages need (:func:`keep`)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tessera.contract.batch import Batch
 from tessera.contract.model import LossSum, Objective
+from tessera.models.moe import Routing
 from tessera.models.vlm import VLM, Trunk
 
 
@@ -36,6 +37,11 @@ def keep(model: VLM, layers: Sequence[range], *, first: bool, last: bool) -> Non
     if not last:
         del decoder.norm
         model.lm_head = None
+
+
+def unwatched(batch: Batch) -> Routing | None:
+    """Nobody wants to know what the routers do."""
+    return None
 
 
 class Stage(nn.Module):
@@ -58,11 +64,23 @@ class Stage(nn.Module):
         self._objective: Objective | None = None
         self._weight = 1.0
         self._dtype = torch.float32
+        self._watch: Callable[[Batch], Routing | None] = unwatched
         self.sums: list[LossSum] = []
 
-    def give(self, batches: Sequence[Batch], objective: Objective, weight: float, dtype: torch.dtype) -> None:
-        """The microbatches (on the device) of the step to come, what their losses are divided by, the compute dtype."""
+    def give(
+        self,
+        batches: Sequence[Batch],
+        objective: Objective,
+        weight: float,
+        dtype: torch.dtype,
+        watch: Callable[[Batch], Routing | None] = unwatched,
+    ) -> None:
+        """The microbatches (on the device) of the step to come, what their losses are divided by, the compute dtype.
+
+        ``watch`` makes what collects the routing of a microbatch.
+        """
         self._batches, self._objective, self._weight, self._dtype = batches, objective, weight, dtype
+        self._watch = watch
         self.sums = []
 
     def forward(self, carried: Tensor, index: Tensor) -> Tensor:
@@ -73,7 +91,8 @@ class Stage(nn.Module):
         (model,) = self._model
         batch = self._batches[int(index)]
         with torch.autocast(batch.tokens.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            out = model.run(batch, None if self.first else carried, self.keys, last=self.last)
+            start = None if self.first else carried
+            out = model.run(batch, start, self.keys, last=self.last, routing=self._watch(batch))
             if not self.last:
                 # A stage without anything to train still takes part in the backward pass of the ones behind it.
                 return out if out.requires_grad or not torch.is_grad_enabled() else out.requires_grad_()

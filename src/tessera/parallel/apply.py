@@ -137,9 +137,10 @@ class Sharder:
             found = self.balancer.route(batches, divisions)
             routed = [media for media, _ in found]
             self.imbalance = max(uneven for _, uneven in found)
+        tensor = self.mesh.at("tp"), layout.tp
         if whole:
             return [replace(batch, media=media) for batch, media in zip(batches, routed, strict=True)]
         return [
-            replace(shard(batch, division, self.mesh.at("cp"), comm=self.spread.cp_comm), media=media)
+            replace(shard(batch, division, self.mesh.at("cp"), comm=self.spread.cp_comm, tp=tensor), media=media)
             for batch, division, media in zip(batches, divisions, routed, strict=True)
         ]

@@ -71,8 +71,11 @@ def divide(lengths: Sequence[int], cp: int, multiple: int = 1, least: int = 0) -
     return Division(rows, tuple(rows_of), tuple(tuple(part) for part in runs), place)
 
 
-def shard(batch: Batch, division: Division, cp_rank: int, *, comm: str) -> Batch:
-    """Rank ``cp_rank``'s part of ``batch``; its media are left as they are (``parallel/balance.py`` routes them)."""
+def shard(batch: Batch, division: Division, cp_rank: int, *, comm: str, tp: tuple[int, int] = (0, 1)) -> Batch:
+    """Context rank ``cp_rank``'s part of ``batch``, as seen by tensor rank ``tp`` (rank, ranks).
+
+    The batch's media are left as they are (``parallel/balance.py`` routes them).
+    """
     held, runs = division.held[cp_rank], division.runs[cp_rank]
     filler = division.rows - len(held)
     index = torch.from_numpy(held)
@@ -82,6 +85,8 @@ def shard(batch: Batch, division: Division, cp_rank: int, *, comm: str) -> Batch
         return torch.nn.functional.pad(mine, (0, filler)) if filler else mine
 
     weights = part(batch.loss_weight)
+    slice_rows = division.rows // tp[1]
+    own = min(max(len(held) - tp[0] * slice_rows, 0), slice_rows)
     pieces = [count for _, _, count in runs] + ([filler] if filler else [])
     ids = [batch.sample_ids[segment] for segment, _, _ in runs] + ([-1] if filler else [])
     return replace(
@@ -94,20 +99,20 @@ def shard(batch: Batch, division: Division, cp_rank: int, *, comm: str) -> Batch
         supervised=weights.nonzero().flatten(),
         weight=float(weights.double().sum()),
         sample_ids=tuple(ids),
-        shard=_attention(batch.segments, division, cp_rank, comm),
+        shard=_attention(batch.segments, division, cp_rank, comm, own),
     )
 
 
-def _attention(whole: Segments, division: Division, cp_rank: int, comm: str) -> Shard:
+def _attention(whole: Segments, division: Division, cp_rank: int, comm: str, own: int) -> Shard:
     runs, rows = division.runs[cp_rank], division.rows
     filler = rows - len(division.held[cp_rank])
     if len(division.held) == 1:
-        return Shard(rows, Segments.of([*whole.lengths, *([filler] if filler else [])]))
+        return Shard(rows, Segments.of([*whole.lengths, *([filler] if filler else [])]), own)
     if comm == "a2a":
         place = torch.from_numpy(division.place)
         inverse = torch.full((len(division.held) * rows,), -1, dtype=torch.int64)
         inverse[place] = torch.arange(len(place))
-        return Shard(rows, whole, gathered=place, inverse=inverse)
+        return Shard(rows, whole, own, gathered=place, inverse=inverse)
     starts = np.concatenate([[0], np.cumsum(whole.lengths)])
     seen = [division.place[starts[segment] : starts[segment] + first + count] for segment, first, count in runs]
     if filler:  # fillers attend to themselves, so that no key of anybody else gets a gradient from them
@@ -116,6 +121,7 @@ def _attention(whole: Segments, division: Division, cp_rank: int, comm: str) -> 
     return Shard(
         rows,
         Segments.of(queries),
+        own,
         keys=Segments.of([len(part) for part in seen]),
         gathered=torch.from_numpy(np.concatenate(seen)),
     )

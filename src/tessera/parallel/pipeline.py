@@ -16,7 +16,7 @@ last backward; FSDP units stay gathered for the step (a schedule that splits bac
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -36,12 +36,18 @@ from tessera.parallel.mesh import Mesh
 SCHEDULES = {"1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "InterleavedZeroBubble"}
 
 
+Watch = Callable[[Batch], Any]
+"""Makes what collects the routing of a microbatch."""
+
+
 class StageModule(Protocol):
     """What a pipeline needs of a stage; see ``models/stage.py``."""
 
     sums: list[LossSum]
 
-    def give(self, batches: Sequence[Batch], objective: Objective, weight: float, dtype: torch.dtype) -> None: ...
+    def give(
+        self, batches: Sequence[Batch], objective: Objective, weight: float, dtype: torch.dtype, watch: Watch = ...
+    ) -> None: ...
 
 
 def cuts(layers: int, stages: int, *, first: int | None = None, last: int | None = None) -> list[range]:
@@ -95,9 +101,16 @@ class Pipeline:
         """The copy of a tied embedding that must not count twice in a norm: the one on the last stage."""
         return self.tied if self.mesh.is_last_stage else None
 
-    def run(self, batches: Sequence[Batch], objective: Objective, weight: float, dtype: torch.dtype) -> LossSum:
+    def run(
+        self,
+        batches: Sequence[Batch],
+        objective: Objective,
+        weight: float,
+        dtype: torch.dtype,
+        watch: Watch = lambda batch: None,
+    ) -> LossSum:
         """Forward and backward of all microbatches; this rank's sums (zero but on the last stage)."""
-        self._give(batches, objective, weight, dtype)
+        self._give(batches, objective, weight, dtype, watch)
         schedule = self._schedule(len(batches), batches[0].num_tokens, dtype, backward=True)
         index = torch.arange(len(batches))
         with _quiet():
@@ -110,7 +123,7 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], objective: Objective, dtype: torch.dtype) -> list[LossSum]:
         """Forward of all microbatches; their sums on the last stage, nothing on the others."""
-        self._give(batches, objective, 1.0, dtype)
+        self._give(batches, objective, 1.0, dtype, lambda batch: None)
         # The schedules want a microbatch per stage and, interleaved, multiples of that: the last one fills up.
         count = -(-len(batches) // self.count) * self.count
         schedule = self._schedule(count, batches[0].num_tokens, dtype, backward=False)
@@ -119,10 +132,12 @@ class Pipeline:
             schedule.eval(*self._start(index), index=index, target=index, return_outputs=False)
         return [loss for stage in self.stages for loss in cast(StageModule, stage).sums[: len(batches)]]
 
-    def _give(self, batches: Sequence[Batch], objective: Objective, weight: float, dtype: torch.dtype) -> None:
+    def _give(
+        self, batches: Sequence[Batch], objective: Objective, weight: float, dtype: torch.dtype, watch: Watch
+    ) -> None:
         assert len({batch.num_tokens for batch in batches}) == 1, "microbatches of a step are filled up to one size"
         for stage in self.stages:
-            cast(StageModule, stage).give(batches, objective, weight, dtype)
+            cast(StageModule, stage).give(batches, objective, weight, dtype, watch)
 
     def _start(self, index: Tensor) -> tuple[Tensor, ...]:
         return (index,) if 0 in self.indices else ()

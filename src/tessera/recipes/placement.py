@@ -20,12 +20,14 @@ from tessera.config.run import Run
 from tessera.contract.layout import ParallelLayout, layout_of
 from tessera.contract.memory import Recompute
 from tessera.contract.plan import Plan
+from tessera.models.moe import MoE
 from tessera.models.stage import Stage, keep
 from tessera.models.vlm import VLM, Trunk
 from tessera.parallel import apply, fsdp
 from tessera.parallel.apply import Spread
 from tessera.parallel.mesh import Mesh
 from tessera.train.offload import HostStore
+from tessera.train.routing import Routers
 
 if TYPE_CHECKING:
     from tessera.parallel.pipeline import Pipeline
@@ -137,6 +139,19 @@ def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) ->
     place_activations(run, model, source.plan)
     pipeline = pipeline_of(cast(VLM, model), stages, mesh, run.parallel.pipeline_schedule) if stages else None
     return Placed(model, adaptations[0], pipeline)
+
+
+def routers_of(run: Run, model: nn.Module) -> Routers | None:
+    """What watches the sparse layers of ``model`` (the whole model's, however it is cut); None if it has none."""
+    moe = model.decoder.config.moe if isinstance(model, VLM) else None
+    if moe is None:
+        if run.train.moe_aux_loss_coeff:
+            raise UserError(f"--moe_aux_loss_coeff {run.train.moe_aux_loss_coeff}: this model has no sparse layers")
+        return None
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.overlap = run.train.moe_shared_expert_overlap
+    return Routers(tuple(sorted(moe.layers)), moe.experts, moe.top_k, run.train.moe_aux_loss_coeff)
 
 
 def place_activations(run: Run, model: nn.Module, plan: Plan) -> None:

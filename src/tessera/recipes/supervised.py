@@ -212,10 +212,8 @@ def schedule_of(run: Run, max_steps: int) -> Schedule:
     return Schedule(run.train.lr_scheduler_type, max_steps, warm, min(1.0, floor), run.train.wsd_decay_ratio)
 
 
-def resume(
-    checkpoint: Path, model: nn.Module, optimizers: Optimizers, loader: Loader, store: Store, mesh: Mesh
-) -> Progress:
-    """Put model, optimiser, generators and loader back where ``checkpoint`` was taken."""
+def resume(checkpoint: Path, engine: Engine, optimizers: Optimizers, loader: Loader, store: Store) -> Progress:
+    """Put model, optimiser, generators, router shares and loader back where ``checkpoint`` was taken."""
     state = read_trainer_state(checkpoint)
     if state["max_steps"] != loader.total_steps:
         raise UserError(
@@ -223,7 +221,9 @@ def resume(
             f"{loader.total_steps}; the schedule would not be the same. Give the same --max_steps / --num_train_epochs"
         )
     loader.restore(state["loader"])
-    tensors.load_tensors(checkpoint, model, optimizers.state(), mesh)
+    if engine.routers is not None:
+        engine.routers.restore(state["routers"])
+    tensors.load_tensors(checkpoint, engine.model, optimizers.state(), engine.mesh)
     optimizers.refresh()
     store.adopt()
     return restore(state)
@@ -240,6 +240,7 @@ def engine_of(run: Run, placed: placement.Placed, source: door.Source, mesh: Mes
         sync_every_microbatch=mesh.layout.zero >= 2,
         sharder=Sharder.of(model, source.plan, mesh, placement.spread_of_run(run), source.geometry),
         pipeline=placed.pipeline,
+        routers=placement.routers_of(run, model),
     )
 
 
@@ -269,9 +270,9 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     writer = checkpoint_writer(run, source, model, adaptation, optimizers, mesh)
     store = Store(place.run_dir, run.save.save_total_limit, mesh.is_main, mesh.barrier)
     store.sweep()
-    progress = Progress()
+    engine, progress = engine_of(run, placed, source, mesh, dtype), Progress()
     if place.resume is not None:
-        progress = resume(place.resume, model, optimizers, loader, store, mesh)
+        progress = resume(place.resume, engine, optimizers, loader, store)
     if mesh.is_main:
         write_json(place.run_dir / ARGS_FILE, run.to_json())
     log = RunLog(
@@ -287,7 +288,7 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
         facts.save(place.run_dir)
         print(f"{screen.sample_lines(train)}\n{summary_screen(facts)}", flush=True)
     return Trainer(
-        engine=engine_of(run, placed, source, mesh, dtype),
+        engine=engine,
         optimizers=optimizers,
         loader=loader,
         evals=None if val is None else partial(val_loader, run, val, mesh),

@@ -13,7 +13,7 @@ all see the same sums) and reported with the ids of its samples; parameters and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,10 +22,12 @@ from torch import nn
 
 from tessera.contract.batch import Batch
 from tessera.contract.model import LossSum, Objective
+from tessera.models.moe import Routing
 from tessera.parallel import fsdp
 from tessera.parallel.mesh import Mesh
 from tessera.parallel.watchdog import Heartbeat
 from tessera.train.optim import Optimizers
+from tessera.train.routing import Routers
 
 if TYPE_CHECKING:
     from tessera.parallel.pipeline import Pipeline
@@ -41,6 +43,7 @@ class StepResult:
     tokens: int
     metrics: dict[str, float]
     skipped: str | None = None
+    routers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def token_acc(self) -> float:
@@ -60,26 +63,32 @@ class Engine:
     sharder: Callable[[Sequence[Batch]], Sequence[Batch]] = list
     pipeline: Pipeline | None = None
     heart: Heartbeat = field(default_factory=Heartbeat)
+    routers: Routers | None = None
 
-    def forward(self, batch: Batch) -> LossSum:
+    def watch(self, batch: Batch) -> Routing | None:
+        """What collects the routing of one microbatch of a training step; None without sparse layers."""
+        return None if self.routers is None else self.routers.fresh(batch.real_rows, self.mesh.device)
+
+    def forward(self, batch: Batch, routing: Routing | None = None) -> LossSum:
         """The objective on one microbatch, under autocast if the compute dtype is a 16-bit one."""
         self.heart.enter("forward")
         enabled = self.compute_dtype != torch.float32
         with torch.autocast(self.mesh.device.type, dtype=self.compute_dtype, enabled=enabled):
-            loss: LossSum = self.model(batch.to(self.mesh.device), self.objective)
+            watched = {} if routing is None else {"routing": routing}
+            loss: LossSum = self.model(batch.to(self.mesh.device), self.objective, **watched)
         return loss
 
     def accumulate(self, batches: Sequence[Batch], weight: float) -> LossSum:
         """Forward and backward over all microbatches; gradients of ``sum / weight``. Returns this rank's sums."""
         if self.pipeline is not None:
             placed = [batch.to(self.mesh.device) for batch in batches]
-            return self.pipeline.run(placed, self.objective, weight, self.compute_dtype)
+            return self.pipeline.run(placed, self.objective, weight, self.compute_dtype, self.watch)
         total = torch.zeros((), dtype=torch.float32, device=self.mesh.device)
         metrics: dict[str, torch.Tensor] = {}
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             fsdp.set_gradient_sync(self.model, self.mesh, last or self.sync_every_microbatch)
-            loss = self.forward(batch)
+            loss = self.forward(batch, self.watch(batch))
             self.heart.enter("backward")
             (loss.total / weight).backward()
             total += loss.total.detach()
@@ -100,11 +109,13 @@ def train_step(engine: Engine, optimizers: Optimizers, batches: Sequence[Batch],
     """One update from this rank's ``batches``; ``max_grad_norm`` 0 turns clipping off."""
     mesh = engine.mesh
     engine.heart.enter("step")
-    local_tokens = sum(batch.num_tokens for batch in batches) if mesh.counts_samples else 0
+    local_tokens = sum(batch.real_rows for batch in batches) if mesh.counts_samples else 0
     batches = engine.sharder(batches)
     weight, tokens = mesh.sum([sum(batch.weight for batch in batches) if mesh.counts_tokens else 0.0, local_tokens])
     if weight == 0.0:
         return StepResult(0.0, 0.0, 0.0, int(tokens), {"correct": 0.0, "count": 0.0}, "no supervised token")
+    if engine.routers is not None:
+        engine.routers.begin(tokens)
     sums = engine.accumulate(batches, weight)
     engine.heart.enter("optimizer")
     names = sorted(engine.objective.metrics)
@@ -122,7 +133,9 @@ def train_step(engine: Engine, optimizers: Optimizers, batches: Sequence[Batch],
             fsdp.scale(optimizers.parameters, mesh, max_grad_norm / (norm + 1e-6))
         optimizers.step()
     optimizers.zero_grad()
-    return StepResult(total / weight, norm, weight, int(tokens), dict(zip(names, values, strict=True)), skipped)
+    routers = {} if engine.routers is None else engine.routers.end(mesh)
+    metrics = dict(zip(names, values, strict=True))
+    return StepResult(total / weight, norm, weight, int(tokens), metrics, skipped, routers)
 
 
 @torch.no_grad()

@@ -185,6 +185,7 @@ class Trainer:
             "tokens/s": round(window.tokens / max(1e-9, window.seconds), 1),
             "data_wait(%)": round(100 * window.waited / max(1e-9, window.seconds), 2),
         }
+        values |= {name: float(f"{value:.6g}") for name, value in result.routers.items()}
         if self.loader.packing:
             values["pack_efficiency"] = round(self.loader.efficiency, 4)
         values |= {f"lr_{name}": rate for name, rate in rates.items() if rate != values["learning_rate"]}
@@ -233,6 +234,8 @@ class Trainer:
             return None
         self.engine.heart.enter("save")
         state = {"progress": asdict(self.progress), "loader": self.loader.state(), "max_steps": cadence.max_steps}
+        routers = self.engine.routers
+        state |= {} if routers is None else {"routers": routers.state()}
         state |= {"step": step, "epoch": self.progress.epoch, "metric": self.progress.metric}
 
         def write(directory: Path) -> None:
