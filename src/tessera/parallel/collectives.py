@@ -21,14 +21,14 @@ from torch.distributed import ProcessGroup
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """``x`` of all ranks, one behind the other along the first dimension; no gradient."""
     out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    dist.all_gather_single(out, x.contiguous(), group=group)
     return out
 
 
 def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     """This rank's rows of the sum over all ranks; no gradient."""
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    dist.reduce_scatter_single(out, x.contiguous(), group=group)
     return out
 
 
