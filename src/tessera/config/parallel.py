@@ -69,7 +69,10 @@ def accumulation(values: Mapping[str, Any], world: int) -> int:
     pp, parts, rows = int(values[PP]), int(values[VPP]), int(values["per_device_train_batch_size"])
     data = max(1, world // (pp * int(values[TP]) * int(values[CP])))
     count = math.ceil(ROWS / (rows * data))
-    return count if pp == 1 else -(-max(count, pp * parts) // pp) * pp
+    if pp == 1:
+        return count
+    whole = 1 if parts == 1 and values["pipeline_schedule"] in (None, "1f1b") else pp
+    return -(-max(count, pp * parts) // whole) * whole
 
 
 def check(values: Mapping[str, Any], given: Callable[[str], bool], notes: list[str]) -> None:
