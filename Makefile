@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself (python3, venv and pip are all it needs) and reuses it until pyproject.toml changes.
-.PHONY: test test-fast lint format demo docs clean
+.PHONY: test test-fast test-parallel lint format demo docs clean
 SHELL := /bin/bash
 PYTHON ?= python3
 WORKERS ?= 2
@@ -8,12 +8,16 @@ STAMP := .venv/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test: lint
-	@echo "test: the whole suite on $(WORKERS) processes"
-	@$(PYTEST)
+	@echo "test: the suite on $(WORKERS) processes; make test-parallel has the other layouts of ranks"
+	@$(PYTEST) -m "not parallel"
 
 test-fast: $(STAMP)
 	@echo "test-fast: everything but the slow tests, on $(WORKERS) processes"
-	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -m "not slow and not parallel"
+
+test-parallel: $(STAMP)
+	@echo "test-parallel: every other row of the matrix of layouts, every other pair of them at a resume"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parallel
 
 lint: $(STAMP)
 	@echo "lint: ruff, mypy, import contracts"

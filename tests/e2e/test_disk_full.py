@@ -14,10 +14,10 @@ from tests.e2e.command import Done, checkpoint, run_dir, shell
 from tests.resume.job import assert_identical, make, run
 
 
-def limited(argv: list[str], out: Path, blocks: int, *more: str) -> Done:
+def limited(argv: list[str], out: Path, blocks: int, *more: str, **variables: str) -> Done:
     """Train with files limited to ``blocks`` KiB; the signal that goes with the limit is ignored, as for a disk."""
     words = " ".join([*argv, "--output_dir", str(out), *more])
-    return shell(f"trap '' XFSZ; ulimit -f {blocks}; exec tessera {words}", out.parent)
+    return shell(f"trap '' XFSZ; ulimit -f {blocks}; exec tessera {words}", out.parent, **variables)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -46,6 +46,17 @@ def test_the_previous_checkpoint_survives(kind: str, tmp_path: Path) -> None:
 def test_the_first_save_has_no_room(tmp_path: Path) -> None:
     argv = [*make(tmp_path, "qwen3"), "--train_type", "full"]
     done = limited(argv, tmp_path / "out", 64)
+    assert done.code == 1
+    assert "checkpoint-4 failed: File too large; there was no earlier checkpoint" in done.error
+    assert not [path for path in run_dir(tmp_path / "out").iterdir() if "checkpoint" in path.name]
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_every_stage_of_a_pipeline_stops(kind: str, tmp_path: Path) -> None:
+    argv = [*make(tmp_path, "qwen3"), "--train_type", kind, "--pipeline_model_parallel_size", "2"]
+    done = limited(argv, tmp_path / "out", 48, NPROC_PER_NODE="2", OMP_NUM_THREADS="1")
     assert done.code == 1
     assert "checkpoint-4 failed: File too large; there was no earlier checkpoint" in done.error
     assert not [path for path in run_dir(tmp_path / "out").iterdir() if "checkpoint" in path.name]

@@ -113,15 +113,23 @@ def seconds_after(process: subprocess.Popen[str], line: str) -> float:
     return time.monotonic() - start
 
 
+LAYOUTS = [
+    pytest.param((), id="dp2"),
+    pytest.param(("--tensor_model_parallel_size", "2"), id="tp2", marks=pytest.mark.parallel),
+    pytest.param(("--pipeline_model_parallel_size", "2"), id="pp2", marks=pytest.mark.parallel),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_a_killed_rank_ends_all_and_the_last_checkpoint_stays(job: Launch) -> None:
-    process = job("kill@1:6")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_killed_rank_ends_all_and_the_last_checkpoint_stays(layout: tuple[str, ...], job: Launch) -> None:
+    process = job("kill@1:6", *layout)
     assert seconds_after(process, "rank 1 pid") < 60  # all of training after the first step of rank 1
     code, _, err = ended(process)
     assert (code, errors(err)) == (137, ["error: rank 1 was ended by SIGKILL (often: out of memory)"])
     assert job.checkpoints() == ["checkpoint-4"]
-    code, _, err = ended(job("", "--resume_from_checkpoint", "true"))
+    code, _, err = ended(job("", "--resume_from_checkpoint", "true", *layout))
     assert code == 0, err
     assert job.checkpoints() == ["checkpoint-4", "checkpoint-8"]
 
@@ -253,8 +261,9 @@ def test_machines_that_disagree(job: Launch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_a_signal_saves_on_all_ranks(job: Launch) -> None:
-    process = job("")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_signal_saves_on_all_ranks(layout: tuple[str, ...], job: Launch) -> None:
+    process = job("", *layout)
     assert process.stdout is not None
     seen: set[str] = set()
     while len(seen) < 2:
@@ -264,3 +273,6 @@ def test_a_signal_saves_on_all_ranks(job: Launch) -> None:
     assert code == 128 + signal.SIGTERM, err
     assert "Traceback" not in err and "error:" not in err
     assert job.checkpoints()
+    code, _, err = ended(job("", "--resume_from_checkpoint", "true", *layout))
+    assert code == 0, err
+    assert job.checkpoints()[-1] == "checkpoint-8"

@@ -6,17 +6,19 @@ The matrix is data: one row per layout, and who runs it with which model and fla
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
+from tessera.contract.batch import Batch
 from tessera.contract.layout import layout_of
 from tessera.parallel.apply import Spread
 from tessera.parallel.mesh import Mesh, world_size
 from tests.invariance.engine import Trajectory, assert_same, train
 from tests.invariance.test_step import TOLERANCE, packed
-from tests.parity.reference import config_of
+from tests.parity.reference import Sample, batch_of, config_of
 from tests.ranks import run_ranks
 
 LORA = {"train_type": "lora", "freeze_vit": True, "freeze_aligner": True}
@@ -42,7 +44,7 @@ class Row:
         extra = [self.spread.cp_comm] if "cp" in self.axes else []
         extra += ["local"] if not self.spread.vision_balance else []
         extra += ["lora"] if "train_type" in self.flags else []
-        extra += [name for name in self.flags if name in ("use_dora", "freeze_llm")]
+        extra += [name for name in self.flags if name in ("use_dora", "freeze_llm", "optim")]
         extra += [self.schedule] if "pp" in self.axes else []
         extra += [f"packs{self.per_batch}"] if self.per_batch > 1 else []
         return "-".join([self.model, axes, *extra])
@@ -99,7 +101,8 @@ MORE = [
     Row(4, {"tp": 2, "zero": 0}),
     Row(4, {"tp": 2}, spread=LOCAL),
     Row(2, {"pp": 2}, schedule="zero_bubble"),
-    Row(4, {"pp": 4}, layers=6),
+    Row(4, {"pp": 4}, layers=8),
+    Row(2, {"pp": 2}, "qwen3", flags={"optim": "muon"}),
     Row(4, {"pp": 2}, flags={"freeze_llm": True, "freeze_vit": True}),
     Row(2, {"tp": 2}, flags={"freeze_llm": True, "freeze_vit": True}),
     Row(2, {"cp": 2}, flags={"use_dora": True, **LORA}),
@@ -142,4 +145,35 @@ def test_layout_is_one_process(row: Row) -> None:
     config = config_for(row)
     want = train(config, [packed(config, row.per_batch, step) for step in range(3)], **row.flags)
     for got in run_ranks(on_ranks, row.ranks, row):
+        assert_same(got, want, TOLERANCE)
+
+
+SHORT: list[list[Sample]] = [[[1], [2], [3]], [[2], [1]], [[1, 1], [4]]]
+"""Rows of one to four tokens: fewer than the chunks they are cut into."""
+
+
+def short(config: dict[str, Any]) -> list[list[Batch]]:
+    return [[batch_of(config, samples, seed)] for seed, samples in enumerate(SHORT)]
+
+
+def on_ranks_with_short_rows(axes: dict[str, int], spread: Spread) -> Trajectory:
+    config = config_of("qwen3")
+    mesh = Mesh.from_env(layout_of(world_size(), **axes), timeout_s=60)
+    return train(config, short(config), mesh=mesh, spread=spread)
+
+
+@pytest.mark.parametrize(
+    ("axes", "spread"),
+    [
+        ({"cp": 2}, Spread()),
+        pytest.param({"cp": 2}, A2A, marks=pytest.mark.parallel),
+        pytest.param({"cp": 4}, A2A, marks=pytest.mark.parallel),
+        pytest.param({"cp": 2, "tp": 2}, Spread(), marks=pytest.mark.parallel),
+        pytest.param({"tp": 2}, Spread(), marks=pytest.mark.parallel),
+    ],
+    ids=lambda value: "x".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else value.cp_comm,
+)
+def test_rows_shorter_than_the_number_of_ranks(axes: dict[str, int], spread: Spread) -> None:
+    want = train(config_of("qwen3"), short(config_of("qwen3")))
+    for got in run_ranks(on_ranks_with_short_rows, math.prod(axes.values()), axes, spread):
         assert_same(got, want, TOLERANCE)

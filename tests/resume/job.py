@@ -18,10 +18,10 @@ from tests.models import make_model_dir
 from tests.toys import chats, make_images, write_rows
 
 
-def make(root: Path, family: str, rows: int = 20) -> list[str]:
+def make(root: Path, family: str, rows: int = 20, **sizes: Any) -> list[str]:
     """Model, images and rows under ``root``; the command line of a job over them, without its output directory."""
-    model = make_model_dir(root / "model", family)
-    images = make_images(root / "images", [(64, 48), (100, 60), (32, 32)]) if family.endswith("vl") else []
+    model = make_model_dir(root / "model", family, **sizes)
+    images = make_images(root / "images", [(64, 48), (100, 60), (32, 32)]) if "_vl" in family else []
     data = write_rows(root / "rows.jsonl", chats(rows, images))
     return [
         *("sft", "--model", str(model), "--dataset", str(data), "--torch_dtype", "float32"),

@@ -260,7 +260,7 @@ def save_adapter(
 
     ``tensors`` are those of :func:`adapter_tensors`, ``base_model`` what ``base_model_name_or_path`` will say.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     config = copy.copy(adaptation.config)
     config.base_model_name_or_path = base_model
@@ -268,7 +268,8 @@ def save_adapter(
     fields = {key: sorted(v) if isinstance(v, (set, frozenset)) else v for key, v in config.to_dict().items()}
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(out / WEIGHTS_FILE), metadata={"format": "pt"})
+    # Not save_file: on a full disk it raises an error of its own, which is no OSError.
+    (out / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     (out / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -16,8 +16,7 @@ because their gradients are the ones that see a trained A (Hayou et al., 2024).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,14 +144,34 @@ def param_groups(model: nn.Module, train: TrainArgs, adaptation: Adaptation) -> 
     return result
 
 
-def trainable_table(model: nn.Module, param_groups: Sequence[ParamGroup]) -> TrainableTable:
-    """What trains, a few lines for any model: layer numbers become ``*`` and siblings of one parent share a line."""
+Counts = tuple[dict[str, tuple[int, float]], dict[str, int]]
+"""By parameter name: how many numbers, and at which rate, of those that train; how many numbers, of all."""
+
+
+def trainable_table(
+    model: nn.Module,
+    param_groups: Sequence[ParamGroup],
+    gather: Callable[[Counts], Sequence[Counts]] = lambda mine: (mine,),
+) -> TrainableTable:
+    """What trains, a few lines for any model: layer numbers become ``*`` and siblings of one parent share a line.
+
+    ``gather`` returns what every stage of a pipeline has counted, so that each of them sees the whole model.
+    """
+    mine = {
+        name: (parameter.numel(), group.lr)
+        for group in param_groups
+        for name, parameter in zip(group.names, group.params, strict=True)
+    }
+    trained: dict[str, tuple[int, float]] = {}
+    every: dict[str, int] = {}
+    for more, held in gather((mine, {name: _count(p) for name, p in model.named_parameters()})):
+        trained |= more
+        every |= held  # a tied weight that two stages hold has one name
     merged: dict[tuple[str, str, float], tuple[dict[str, None], int, int]] = {}
-    for group in param_groups:
-        for name, parameter in zip(group.names, group.params, strict=True):
-            parent, child, leaf = _anatomy(name)
-            children, tensors, numbers = merged.get((parent, leaf, group.lr), ({}, 0, 0))
-            merged[parent, leaf, group.lr] = ({**children, child: None}, tensors + 1, numbers + parameter.numel())
+    for name, (count, lr) in trained.items():
+        parent, child, leaf = _anatomy(name)
+        children, tensors, numbers = merged.get((parent, leaf, lr), ({}, 0, 0))
+        merged[parent, leaf, lr] = ({**children, child: None}, tensors + 1, numbers + count)
     paths: dict[tuple[str, str, float], tuple[dict[str, None], int, int]] = {}
     for (parent, leaf, lr), (children, tensors, numbers) in merged.items():
         # lora_A and lora_B of the same modules at the same rate are one line.
@@ -164,7 +183,7 @@ def trainable_table(model: nn.Module, param_groups: Sequence[ParamGroup]) -> Tra
         pattern = ".".join(part for part in (parent, children_text, _braces(leaves)) if part)
         rows.append(TableRow(pattern, tensors, numbers, lr))
     trainable = sum(row.parameters for row in rows)
-    return TrainableTable(tuple(rows), trainable, _count(model))
+    return TrainableTable(tuple(rows), trainable, sum(every.values()))
 
 
 def _anatomy(name: str) -> tuple[str, str, str]:
@@ -182,6 +201,6 @@ def _braces(names: dict[str, None]) -> str:
     return "{" + ",".join(known) + "}" if len(known) > 1 else "".join(known)
 
 
-def _count(model: nn.Module) -> int:
-    """Numbers in the model; a 4-bit parameter packs two of them into each stored byte."""
-    return sum(p.numel() * (2 if re.fullmatch("Params4bit", type(p).__name__) else 1) for p in model.parameters())
+def _count(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter; a 4-bit one packs two of them into each stored byte."""
+    return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)

@@ -16,7 +16,6 @@ one only through the mapping it is given.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from tessera.config import memory
+from tessera.config import memory, parallel
 from tessera.config.flags import BY_NAME, FLAGS, TRAIN, USE, VERBS, Flag
 from tessera.config.parse import Words, convert, json_object, lookup, nearest, shown, split, usage_error, words_of
 from tessera.config.run import ROOM_CLASSES, Run
@@ -67,6 +66,11 @@ def under_launcher(env: Mapping[str, str]) -> bool:
     return "LOCAL_RANK" in env
 
 
+def processes(nproc: int, nnodes: int, env: Mapping[str, str]) -> int:
+    """Processes of a run with these flags: as many as the launcher says, or will be told to start."""
+    return int(env.get("WORLD_SIZE", "1")) if under_launcher(env) else nproc * nnodes
+
+
 def resolve(argv: Sequence[str], env: Mapping[str, str]) -> Run:
     """The Run that the command line ``argv`` (verb first, program name not included) asks for.
 
@@ -83,7 +87,10 @@ def resolve(argv: Sequence[str], env: Mapping[str, str]) -> Run:
     _from_args_json(draft)
     _from_defaults(draft)
     _require(draft, words)
-    return _finish(draft, variables)
+    run = _finish(draft, variables)
+    if verb in TRAIN:
+        parallel.fits(run, processes(run.parallel.nproc_per_node, run.parallel.nnodes, env))
+    return run
 
 
 def run_of(verb: str, **flags: Any) -> Run:
@@ -233,9 +240,10 @@ def _finish(draft: _Draft, env: Mapping[str, str]) -> Run:
     values = draft.values
     _paths(draft)
     memory.stage_of(values, draft.given, draft.notes)
-    _derive(draft, env)
+    _derive(draft, processes(values["nproc_per_node"], values["nnodes"], env))
     memory.settle(values, draft.given)
     _check(draft.verb, values)
+    parallel.check(values, draft.given, draft.notes)
     _hints(draft)
     rooms = {
         room: kind(**{spec.name: values[spec.name] for spec in fields(kind)}) for room, kind in ROOM_CLASSES.items()
@@ -279,19 +287,14 @@ def _local(label: str, name: str) -> str:
     return name
 
 
-def _derive(draft: _Draft, env: Mapping[str, str]) -> None:
+def _derive(draft: _Draft, world: int) -> None:
     """Defaults that follow from other values."""
     values = draft.values
-    world = values["nproc_per_node"] * values["nnodes"]
-    if under_launcher(env):
-        world = int(env.get("WORLD_SIZE", "1"))
-    sizes = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
-    data = max(1, world // math.prod(values[size] for size in sizes))
     full = values["train_type"] == "full"
     name = os.path.basename(values["model"] or "") or "model"
     fallbacks = {
         "learning_rate": 1e-5 if full else 1e-4,
-        "gradient_accumulation_steps": math.ceil(16 / (values["per_device_train_batch_size"] * data)),
+        "gradient_accumulation_steps": parallel.accumulation(values, world),
         "pipeline_schedule": "interleaved" if values["virtual_pipeline_model_parallel_size"] > 1 else "1f1b",
         "eval_strategy": values["save_strategy"],
         "eval_steps": values["save_steps"],

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tessera.config.errors import UserError
+from tessera.config.parallel import DEFAULT_ZERO, divided
+from tessera.config.run import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class ParallelLayout:
     cp: int = 1
     tp: int = 1
     ep: int = 1
-    zero: int = 2
+    zero: int = DEFAULT_ZERO
 
     @property
     def world(self) -> int:
@@ -57,28 +58,22 @@ def layout_of(
     tp: int = 1,
     ep: int = 1,
     replicate: int = 1,
-    zero: int = 2,
+    zero: int = DEFAULT_ZERO,
 ) -> ParallelLayout:
     """The layout of ``world`` processes with these axes, data parallel over the rest; UserError if it does not fit."""
-    model = pp * cp * tp
-    if world % model:
-        raise UserError(
-            f"--pipeline_model_parallel_size {pp} x --context_parallel_size {cp} x --tensor_model_parallel_size {tp} = "
-            f"{model} does not divide the {world} processes; change one of them or NPROC_PER_NODE x NNODES",
-            exit_code=2,
-        )
-    data = world // model
-    if data % replicate:
-        raise UserError(
-            f"--data_parallel_replicate_size {replicate} does not divide the {data} data-parallel ranks", exit_code=2
-        )
-    if zero == 0:
-        replicate = data
-    stage = data * cp * tp
-    if stage // replicate % ep:
-        raise UserError(
-            f"--expert_model_parallel_size {ep} does not divide the {stage // replicate} ranks that share the layers "
-            f"of a stage (data {data // replicate} x context {cp} x tensor {tp})",
-            exit_code=2,
-        )
-    return ParallelLayout(pp, replicate, data // replicate, cp, tp, ep, zero)
+    replicate, shard = divided(world, pp=pp, cp=cp, tp=tp, ep=ep, replicate=replicate, zero=zero)
+    return ParallelLayout(pp, replicate, shard, cp, tp, ep, zero)
+
+
+def layout_of_run(run: Run, world: int) -> ParallelLayout:
+    """The layout of ``world`` processes that the flags ask for; UserError if they do not fit."""
+    asked = run.parallel
+    return layout_of(
+        world,
+        pp=asked.pipeline_model_parallel_size,
+        cp=asked.context_parallel_size,
+        tp=asked.tensor_model_parallel_size,
+        ep=asked.expert_model_parallel_size,
+        replicate=asked.data_parallel_replicate_size,
+        zero=DEFAULT_ZERO if asked.zero_stage is None else asked.zero_stage,
+    )

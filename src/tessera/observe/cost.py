@@ -149,16 +149,17 @@ def estimate_memory(
     *,
     states: int = 2,
     shards: int = 1,
-    gather: bool = True,
+    gather: int | None = None,
     host_share: float = 0.0,
 ) -> MemoryEstimate:
     """Peak memory of training on one device.
 
     ``states`` values per trained parameter in the optimiser (AdamW 2, Muon 1). ``shards`` ranks share weights,
-    gradients and optimiser state; with ``gather`` the full weights also exist during a step (ZeRO-1 and -2).
+    gradients and optimiser state; ``gather`` bytes of weights also exist in full during a step (all that ranks share by
+    default, as under ZeRO-1 and -2).
     ``host_share`` of the optimiser's state lies elsewhere.
     """
-    held = weights.size // shards + (weights.size if gather and shards > 1 else 0)
+    held = weights.size // shards + ((weights.size if gather is None else gather) if shards > 1 else 0)
     copies = weights.count * work.itemsize if weights.size > weights.count * work.itemsize else 0
     gradients = weights.trained_size // shards
     optimizer = int(states * weights.trained_size * (1 - host_share)) // shards

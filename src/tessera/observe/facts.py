@@ -52,6 +52,7 @@ class RunFacts:
     skipped_samples: int = 0
     tokens_per_step: float = 0.0
     samples_per_step: float = 0.0
+    layout: str = ""
     batch: str = ""
     dtype: str = ""
     optimizer: str = ""

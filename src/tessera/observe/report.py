@@ -273,6 +273,7 @@ def _facts(material: Material) -> str:
         ("validation samples", f"{facts.val_samples:,}"),
         ("per step", f"{facts.tokens_per_step:,.0f} tokens, {facts.samples_per_step:,.1f} samples ({facts.batch})"),
         ("steps", f"{facts.steps:,} ({facts.epochs:g} epochs)"),
+        *([("layout", facts.layout)] if facts.layout else []),
         ("memory", facts.memory),
         ("hardware", facts.hardware),
         ("versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())),

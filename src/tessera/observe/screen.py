@@ -43,6 +43,7 @@ def _facts(facts: RunFacts) -> list[tuple[str, str]]:
             "parameters",
             f"{human_count(facts.parameters)}, of which {human_count(facts.trainable)} trained ({share:.2f} %)",
         ),
+        ("layout", facts.layout),
         ("data", data),
         ("per step", step),
         ("steps", steps),

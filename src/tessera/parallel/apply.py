@@ -17,6 +17,7 @@ from torch import nn
 
 from tessera.config.errors import UserError
 from tessera.contract.batch import Batch
+from tessera.contract.layout import ParallelLayout
 from tessera.contract.model import Geometry
 from tessera.contract.plan import Plan
 from tessera.parallel import fsdp
@@ -33,11 +34,36 @@ class Spread:
     vision_balance: bool = True
 
 
-def check(config: Any, mesh: Mesh, spread: Spread) -> None:
+def supports(plan: Plan, layout: ParallelLayout) -> None:
+    """UserError if a family has no rows for an axis of the layout: models run whole are only data parallel."""
+    sizes = {
+        "pipeline_model_parallel_size": layout.pp,
+        "context_parallel_size": layout.cp,
+        "tensor_model_parallel_size": layout.tp,
+    }
+    for name, size in sizes.items():
+        if size > 1 and not plan.tensor:
+            raise UserError(
+                f"--{name} {size} needs a model family of our own; this model is run whole and takes data parallelism "
+                "only: use 1 and --deepspeed zero3",
+                exit_code=2,
+            )
+    if layout.ep > 1 and not plan.experts:
+        raise no_experts(layout.ep)
+
+
+def no_experts(ep: int) -> UserError:
+    """The answer to expert parallelism without experts."""
+    return UserError(f"--expert_model_parallel_size {ep}: this model has no experts; use 1", exit_code=2)
+
+
+def check(config: Any, layout: ParallelLayout, spread: Spread) -> None:
     """UserError if the sizes of a decoder's ``config`` do not go with the layout; before any weight is read."""
-    layout = mesh.layout
-    tp, cp = layout.tp, layout.cp
-    for what, size in (("attention heads", config.heads), ("key/value heads", config.kv_heads)):
+    tp, cp, moe = layout.tp, layout.cp, config.moe
+    sizes = {"attention heads": config.heads, "key/value heads": config.kv_heads}
+    if moe is None or len(moe.layers) < config.layers:
+        sizes["columns of the MLP"] = config.inner
+    for what, size in {**sizes, "entries of the vocabulary": config.vocab}.items():
         if size % tp:
             raise UserError(
                 f"--tensor_model_parallel_size {tp} does not divide the model's {size} {what}; "
@@ -49,6 +75,14 @@ def check(config: Any, mesh: Mesh, spread: Spread) -> None:
         raise UserError(
             f"--cp_comm_type a2a divides heads, and --context_parallel_size {cp} does not divide the {heads} query and "
             f"{kv_heads} key heads of a tensor rank; use --cp_comm_type allgather",
+            exit_code=2,
+        )
+    if layout.ep > 1 and moe is None:
+        raise no_experts(layout.ep)
+    if moe is not None and moe.experts % layout.ep:
+        raise UserError(
+            f"--expert_model_parallel_size {layout.ep} does not divide the model's {moe.experts} experts; "
+            f"choose a divisor of {moe.experts}",
             exit_code=2,
         )
 
@@ -72,15 +106,11 @@ def apply(
     from tessera.parallel.seams import RankSeams
 
     layout = mesh.layout
+    supports(plan, layout)
     decoder: Any = model.get_submodule(plan.groups.llm[0]) if plan.tensor else None
+    if decoder is not None:
+        check(decoder.config, layout, spread)
     if layout.tp * layout.cp > 1:
-        if decoder is None:
-            raise UserError(
-                "--tensor_model_parallel_size and --context_parallel_size need a model family of our own; "
-                "models run whole take data parallelism only (--deepspeed zero3)",
-                exit_code=2,
-            )
-        check(decoder.config, mesh, spread)
         decoder.seams = RankSeams(mesh, decoder.config.vocab, exchange_axis(mesh, spread))
         tensor.split(model, plan, mesh)
     elif balances(plan, mesh, spread):

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
 
-from tessera.config.errors import UserError
 from tessera.contract.plan import Plan, matches
 from tessera.contract.seams import Dispatched, Divisible, ExpertSeam
 from tessera.parallel.collectives import Permute, Travel
@@ -63,33 +62,26 @@ class ExpertExchange:
 def split(model: nn.Module, plan: Plan, mesh: Mesh) -> None:
     """Keep this rank's experts of every stack of ``model`` (plain or meta), in place; nothing to do with ``ep`` 1.
 
-    UserError if the model has no experts or their number does not divide.
+    Whether their number divides was found out before (:func:`tessera.parallel.apply.check`).
     """
     ep = mesh.layout.ep
     if ep == 1:
         return
     found = [name for name, _ in model.named_modules() if any(matches(pattern, name) for pattern in plan.experts)]
-    if not found:
-        raise UserError(f"--expert_model_parallel_size {ep}: this model has no experts; use 1", exit_code=2)
     assert mesh.experts is not None
     axis = mesh.experts["ep"]
     for name in found:
         for module in model.get_submodule(name).modules():
             for leaf, parameter in list(module.named_parameters(recurse=False)):
-                module.register_parameter(leaf, _cut(parameter, axis, name))
+                module.register_parameter(leaf, _cut(parameter, axis))
             if isinstance(module, Divisible):
                 module.part = part
         owner: Any = model.get_submodule(name.rpartition(".")[0])
         owner.seam = ExpertExchange(owner.seam, axis.get_group())
 
 
-def _cut(parameter: nn.Parameter, axis: Any, name: str) -> nn.Parameter:
+def _cut(parameter: nn.Parameter, axis: Any) -> nn.Parameter:
     """This rank's experts of a stack ``[E, ...]``."""
-    experts = parameter.shape[0]
-    if experts % axis.size():
-        raise UserError(
-            f"--expert_model_parallel_size {axis.size()} does not divide the {experts} experts of {name}", exit_code=2
-        )
     local = parameter.detach().chunk(axis.size())[axis.get_local_rank()].clone()
     spread = DTensor.from_local(
         local, axis, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()

@@ -28,8 +28,6 @@ from torch import Tensor, nn
 from tessera.contract.plan import Plan, matches, within
 from tessera.parallel.mesh import Mesh
 
-DEFAULT_STAGE = 2
-
 
 def shard(
     model: nn.Module, plan: Plan, mesh: Mesh, *, compute_dtype: torch.dtype, roots: Sequence[nn.Module] = ()

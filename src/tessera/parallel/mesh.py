@@ -113,6 +113,11 @@ class Mesh(Place):
         return cls(0, pick_device())
 
     @classmethod
+    def planned(cls, layout: ParallelLayout) -> Mesh:
+        """Rank 0 of a run that is only planned: it knows the layout, and no other rank exists."""
+        return cls(0, pick_device(), layout)
+
+    @classmethod
     def from_env(cls, layout: ParallelLayout | None = None, *, timeout_s: float = 1800.0) -> Mesh:
         """Join the process group that torchrun's environment describes, or stay single.
 

@@ -17,34 +17,19 @@ from tessera import adapt
 from tessera.checkpoint import open as door
 from tessera.config.errors import UserError
 from tessera.config.run import Run
-from tessera.contract.layout import ParallelLayout, layout_of
 from tessera.contract.memory import Recompute
 from tessera.contract.plan import Plan
 from tessera.models.moe import MoE
 from tessera.models.stage import Stage, keep
 from tessera.models.vlm import VLM, Trunk
-from tessera.parallel import apply, fsdp
+from tessera.parallel import apply
 from tessera.parallel.apply import Spread
-from tessera.parallel.mesh import Mesh
+from tessera.parallel.mesh import Mesh, Place
 from tessera.train.offload import HostStore
 from tessera.train.routing import Routers
 
 if TYPE_CHECKING:
     from tessera.parallel.pipeline import Pipeline
-
-
-def layout_of_run(run: Run, world: int) -> ParallelLayout:
-    """The layout of ``world`` processes that the flags ask for; UserError if they do not fit."""
-    parallel = run.parallel
-    return layout_of(
-        world,
-        pp=parallel.pipeline_model_parallel_size,
-        cp=parallel.context_parallel_size,
-        tp=parallel.tensor_model_parallel_size,
-        ep=parallel.expert_model_parallel_size,
-        replicate=parallel.data_parallel_replicate_size,
-        zero=fsdp.DEFAULT_STAGE if parallel.zero_stage is None else parallel.zero_stage,
-    )
 
 
 def spread_of_run(run: Run) -> Spread:
@@ -53,7 +38,7 @@ def spread_of_run(run: Run) -> Spread:
 
 
 def stages_of(
-    model: VLM, mesh: Mesh, chunks: int = 1, first: int | None = None, last: int | None = None
+    model: VLM, mesh: Place, chunks: int = 1, first: int | None = None, last: int | None = None
 ) -> list[Stage]:
     """This rank's stages of ``model``, ``chunks`` of them; the model keeps nothing else. Empty without a pipeline.
 
@@ -176,12 +161,7 @@ def _stages(run: Run, module: nn.Module, mesh: Mesh) -> list[Stage]:
     parallel = run.parallel
     if mesh.layout.pp == 1:
         return []
-    if not isinstance(module, VLM):
-        raise UserError(
-            f"--pipeline_model_parallel_size {mesh.layout.pp} needs a model family of our own; models run whole take "
-            "data parallelism only (--deepspeed zero3)",
-            exit_code=2,
-        )
+    assert isinstance(module, VLM), "apply.supports comes first"
     chunks = parallel.virtual_pipeline_model_parallel_size
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     return stages_of(module, mesh, chunks, first, last)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,11 @@ from tessera.config.run import Run
 from tessera.contract.memory import Recompute
 from tessera.data.corpus import Corpus
 from tessera.data.loader import Loader
-from tessera.observe.cost import MemoryEstimate, Weights, Work, estimate_memory, stacks_of
+from tessera.observe.cost import MemoryEstimate, Work, estimate_memory, human_count, stacks_of
 from tessera.observe.facts import RunFacts, TrainedModule, hardware, versions
 from tessera.parallel.mesh import Mesh
+from tessera.recipes import fit
+from tessera.recipes.fit import Holding, Share
 
 
 def sample_lines(corpus: Corpus) -> str:
@@ -38,7 +42,9 @@ def facts(
     itemsize: int,
 ) -> RunFacts:
     """Everything the screen and the report say about a run, gathered in one value."""
-    table = adapt.trainable_table(model, groups)
+    layout = mesh.layout
+    table = adapt.trainable_table(model, groups, partial(mesh.gather, axis="pp"))
+    held = [] if layout.is_single else fit.holdings(run, source, layout)
     train = loader.corpus
     steps = loader.steps_in_epoch(0)
     per_step = float(train.lengths.sum()) / max(1, steps)
@@ -59,7 +65,8 @@ def facts(
         batch=_batch_words(run, loader),
         dtype=f"{'float32' if itemsize == 4 else run.model.torch_dtype or source.dtype_name} compute",
         optimizer=f"{run.train.optim}, {run.train.lr_scheduler_type}",
-        memory=_memory(run, source, model, groups, loader, mesh, itemsize).line(),
+        layout="" if layout.is_single else fit.words(layout, held),
+        memory=_memory_line(run, source, model, held, loader, mesh, itemsize),
         output=str(run_dir),
         verb=run.verb,
         hardware=hardware(),
@@ -72,44 +79,61 @@ def facts(
     )
 
 
-def _memory(
+def _memory_line(
     run: Run,
     source: Source,
     model: nn.Module,
-    groups: Sequence[ParamGroup],
+    held: Sequence[Holding],
     loader: Loader,
     mesh: Mesh,
     itemsize: int,
+) -> str:
+    """The estimated peak on one device, of the pipeline stage that needs most."""
+    stage = mesh.at("pp")
+    share = fit.share_of(model, source.plan, mesh.layout, held[stage] if held else None)
+    mine = _memory(run, source, share, stage, loader, mesh, itemsize)
+    stages = mesh.gather((mine.total, mine.line()), "pp") if mesh.layout.pp > 1 else [(mine.total, mine.line())]
+    most, line = max(stages)
+    return line if len(stages) == 1 else f"{line} on a rank of stage {stages.index((most, line))}"
+
+
+def _memory(
+    run: Run, source: Source, share: Share, stage: int, loader: Loader, mesh: Mesh, itemsize: int
 ) -> MemoryEstimate:
-    """The estimated peak on one device, for the largest microbatch that can occur."""
+    """The estimated peak on a device of pipeline stage ``stage``, for the largest microbatch that can occur."""
     train, config = loader.corpus, {**source.config, **source.config.get("text_config", {})}
+    layout, holding = mesh.layout, share.holding
     tokens, patches = (int(np.sort(size)[-loader.units_per_batch :].sum()) for size in (train.lengths, train.patches))
     if loader.packing and loader.capacity:
         tokens = loader.capacity * loader.units_per_batch
         patches = int(train.patches.sum() / max(1, train.lengths.sum()) * tokens)
-    away = mesh.device.type == "cuda"  # on a CPU, host and device are the same memory
+    waiting = 1 if layout.pp == 1 else fit.waiting(run, layout, stage)
+    shared, away = layout.cp * layout.tp, mesh.device.type == "cuda"  # on a CPU, host and device are the same memory
     work = Work(
-        tokens=tokens,
-        vocab=int(config.get("vocab_size", 0)),
-        patches=patches,
+        tokens=-(-tokens // shared),
+        vocab=int(config.get("vocab_size", 0)) // layout.tp if holding is None or holding.last else 0,
+        patches=-(-patches // shared) * waiting,
         itemsize=itemsize,
         logits_chunk=run.train.loss_chunk_size,
         accumulation=run.train.gradient_accumulation_steps,
         recompute=Recompute.asked(run.memory),
         offloaded=_offloaded_layers(run, source) if away else 0,
         recompute_tower=run.train.vit_gradient_checkpointing,
-        train_decoder=_trains(run, groups, "llm"),
-        train_tower=_trains(run, groups, "vit"),
+        train_decoder=_trains(run, share, "llm"),
+        train_tower=_trains(run, share, "vit"),
     )
     decoder, tower = stacks_of(source.config)
+    if holding is not None and decoder is not None:
+        decoder = replace(decoder, layers=holding.layers * waiting)
+        tower = tower if holding.tower else None
     return estimate_memory(
-        _weights(model),
+        share.weights,
         work,
         decoder,
         tower,
         states=1 if run.train.optim == "muon" else 2,
-        shards=mesh.layout.shard * mesh.layout.cp * mesh.layout.tp,
-        gather=mesh.layout.zero != 3,
+        shards=layout.shard * shared,
+        gather=0 if layout.zero == 3 and layout.pp == 1 else share.gathered,
         host_share=run.memory.optimizer_share if away else 0.0,
     )
 
@@ -127,30 +151,23 @@ def _batch_words(run: Run, loader: Loader) -> str:
     return words + (f" x {loader.world} ranks" if loader.world > 1 else "")
 
 
-def _trains(run: Run, groups: Sequence[ParamGroup], part: str) -> str:
-    if not any(group.name.partition(".")[0] == part for group in groups):
+def _trains(run: Run, share: Share, part: str) -> str:
+    if part not in share.trains:
         return "nothing"
     return "weights" if run.adapt.train_type == "full" else "adapters"
 
 
-def _weights(model: nn.Module) -> Weights:
-    every = list(model.parameters())
-    trained = [p for p in every if p.requires_grad]
-    return Weights(
-        count=sum(p.numel() for p in every),
-        size=sum(p.numel() * p.element_size() for p in every),
-        trained=sum(p.numel() for p in trained),
-        trained_size=sum(p.numel() * p.element_size() for p in trained),
-    )
+def dry_plan(run: Run, source: Source, loader: Loader, val: Corpus | None, mesh: Mesh, itemsize: int) -> str:
+    """What a dry run prints: the resolved flags, layout and memory, the data plan, the steps; no weights were loaded.
 
-
-def dry_plan(run: Run, source: Source, loader: Loader, val: Corpus | None) -> str:
-    """What a dry run prints: the resolved flags, the data plan and the steps; no weights were loaded."""
+    ``itemsize`` is that of the compute dtype.
+    """
     train = loader.corpus
     lines = [
         f"dry run of tessera {run.verb}: nothing was loaded, nothing was written",
         run.describe(),
         f"model     {source.path} ({source.family.name}, {len(source.checkpoint.names)} tensors)",
+        *_planned(run, source, loader, mesh, itemsize),
         f"data      {len(train):,} training rows, {len(val) if val is not None else 0:,} for validation, "
         f"{len(train.skips):,} skipped; {int(train.lengths.sum()):,} tokens an epoch",
         f"steps     {loader.total_steps:,} ({_batch_words(run, loader)})",
@@ -158,6 +175,19 @@ def dry_plan(run: Run, source: Source, loader: Loader, val: Corpus | None) -> st
     if len(train.skips):
         lines.append(f"skipped   {train.skips.summary()}")
     return "\n".join(lines)
+
+
+def _planned(run: Run, source: Source, loader: Loader, mesh: Mesh, itemsize: int) -> list[str]:
+    """The layout, and what a rank of each pipeline stage holds and needs."""
+    layout = mesh.layout
+    lines = [] if layout.is_single else [f"layout    {layout.world} processes: {fit.words(layout, ())}"]
+    before = ", before quantisation" if run.model.quant_method else ""
+    for stage, share in enumerate(fit.preview(run, source, layout, itemsize)):
+        estimate = _memory(run, source, share, stage, loader, mesh, itemsize)
+        count = f"{human_count(share.weights.count)} parameters, {human_count(share.weights.trained)} trained{before}"
+        name = f"stage {stage}   {share.holding}; " if layout.pp > 1 else "holds     "
+        lines.append(f"{name}{count}; a rank needs {estimate.line()}")
+    return lines
 
 
 def note(text: str) -> None:

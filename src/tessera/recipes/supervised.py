@@ -37,6 +37,7 @@ from tessera.checkpoint.store import (
 )
 from tessera.config.errors import UserError
 from tessera.config.run import Run
+from tessera.contract.layout import layout_of_run
 from tessera.contract.model import dtype_of
 from tessera.data.corpus import Corpus, prepare
 from tessera.data.loader import Loader, eval_loader
@@ -49,7 +50,7 @@ from tessera.parallel import fsdp
 from tessera.parallel.apply import Sharder
 from tessera.parallel.mesh import Mesh, world_size
 from tessera.parallel.watchdog import group_timeout, watching
-from tessera.recipes import placement, screen
+from tessera.recipes import fit, placement, screen
 from tessera.recipes.export import ARGS_FILE, limit_processor
 from tessera.train.optim import Optimizers
 from tessera.train.schedule import Schedule, warmup_steps
@@ -72,7 +73,7 @@ class Place:
 
 def main(run: Run) -> Path | None:
     """Train as ``run`` says; returns the last checkpoint (None for a dry run). Raises UserError, SystemExit(128+n)."""
-    mesh = Mesh.from_env(placement.layout_of_run(run, world_size()), timeout_s=group_timeout(run.parallel.ddp_timeout))
+    mesh = mesh_of(run)
     trainer = build(run, mesh)
     if trainer is None:
         mesh.close()
@@ -88,6 +89,14 @@ def main(run: Run) -> Path | None:
     finish(trainer, summary)
     mesh.close()
     return Path(summary["last_model_checkpoint"]) if summary["last_model_checkpoint"] else None
+
+
+def mesh_of(run: Run) -> Mesh:
+    """The ranks of the run; a dry run that nobody launched stands for all of them."""
+    world = world_size()
+    if run.dry_run and world == 1:
+        return Mesh.planned(layout_of_run(run, run.parallel.nproc_per_node * run.parallel.nnodes))
+    return Mesh.from_env(layout_of_run(run, world), timeout_s=group_timeout(run.parallel.ddp_timeout))
 
 
 def place_of(run: Run, mesh: Mesh) -> Place:
@@ -247,14 +256,17 @@ def engine_of(run: Run, placed: placement.Placed, source: door.Source, mesh: Mes
 def build(run: Run, mesh: Mesh) -> Trainer | None:
     """A trainer ready to :meth:`~tessera.train.trainer.Trainer.fit`; None after a dry run, which loads no weights."""
     adapt.fp8.require(run.memory, mesh.device)
+    adapt.quant.requested(run.model, run.adapt)
     source = door.describe(run.model)
     placement.check_memory(run, source)
+    fit.check(run, source, mesh.layout)
     dtype = door.compute_dtype(source, run.model.torch_dtype, mesh.device)
     if mesh.is_main and door.slow_on(mesh.device, dtype):
         screen.note(f"--torch_dtype {run.model.torch_dtype}: {door.slow_on(mesh.device, dtype)}")
     if run.dry_run:
         train, val = plan_data(run, source, None, mesh)
-        print(screen.dry_plan(run, source, train_loader(run, train, mesh), val), flush=True)
+        if mesh.is_main:
+            print(screen.dry_plan(run, source, train_loader(run, train, mesh), val, mesh, dtype.itemsize), flush=True)
         return None
     place = place_of(run, mesh)
     with ThreadPoolExecutor(1, thread_name_prefix="tessera-plan") as pool:

@@ -61,7 +61,7 @@ class Optimizers:
         self.schedule = schedule
         self.names = {id(p): name for name, p in model.named_parameters()}
         matrices = _hidden_matrices(model) if args.optim == "muon" else set()
-        if matrices and mesh.world > mesh.layout.replicate:
+        if matrices and mesh.world > mesh.layout.replicate * mesh.layout.pp:
             raise UserError(
                 "--optim muon orthogonalises whole matrices and cannot run on sharded ones; "
                 "add --deepspeed zero0, or use --optim adamw_torch_fused"
