@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.adapt import experts
+from tessera.adapt.dora import Dora, row_squares
 from tessera.adapt.quant import is_quantised, peft_imports
 from tessera.adapt.targets import Targets, ends_with, nearest
 from tessera.adapt.trainable import Adaptation
@@ -177,6 +178,8 @@ def _inject(model: nn.Module, config: LoraConfig, *, quantised: bool, nothing: b
             parameter.data = parameter.data.float()
     for _, layer in _lora_layers(model):
         layer.lora_A[_NAME], layer.lora_B[_NAME] = _spread(layer.lora_A[_NAME]), _spread(layer.lora_B[_NAME])
+        if _NAME in layer.lora_magnitude_vector and not quantised:
+            layer.lora_magnitude_vector[_NAME] = Dora(layer.lora_magnitude_vector[_NAME].weight)
 
 
 def _spread(plain: nn.Linear) -> Linear:
@@ -209,7 +212,7 @@ def _initialise(layer: Any, name: str, seed: int) -> None:
     a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
     b.zero_()
     if _NAME in layer.lora_magnitude_vector:
-        layer.lora_magnitude_vector[_NAME].weight.copy_(torch.linalg.norm(_weight(layer), dim=1))
+        layer.lora_magnitude_vector[_NAME].weight.copy_(row_squares(_weight(layer)).sqrt())
 
 
 def _weight(layer: Any) -> Tensor:

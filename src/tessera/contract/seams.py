@@ -42,6 +42,12 @@ class Divisible(nn.Module):
     bias_share: float = 1.0
 
 
+class RowWise(Divisible):
+    """A module that needs sums over whole rows of a weight: ``across`` adds up what the ranks' columns contribute."""
+
+    across: Callable[[Tensor], Tensor] = staticmethod(whole)
+
+
 class Vocabulary:
     """The part of the vocabulary a rank holds, and reductions of ``[c]`` statistics over all parts."""
 

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from tessera.config.errors import UserError
 from tessera.contract.plan import Plan, matches, within
-from tessera.contract.seams import Divisible, Vocabulary
+from tessera.contract.seams import Divisible, RowWise, Vocabulary
 from tessera.parallel.mesh import Mesh
 
 
@@ -97,6 +97,8 @@ def split(model: nn.Module, plan: Plan, mesh: Mesh) -> None:
         if isinstance(module, Divisible) and not in_experts(plan, name):
             module.part = part
             module.bias_share = 1.0 / tp if _style(plan, name) == "row" else 1.0
+            if isinstance(module, RowWise) and _row_split(plan, name):
+                module.across = SplitVocabulary(0, axis.get_group()).sum
 
 
 def in_experts(plan: Plan, name: str) -> bool:
@@ -122,6 +124,11 @@ def _style(plan: Plan, name: str) -> str:
     return ""
 
 
+def _row_split(plan: Plan, name: str) -> bool:
+    """Whether a module belongs to a layer of which every tensor rank holds some columns."""
+    return any(style == "row" for style, _ in _styles(plan, name))
+
+
 def _placement(plan: Plan, name: str, leaf: str) -> Placement:
     for style, rest in _styles(plan, name):
         child = rest.split(".")[0]
@@ -134,7 +141,7 @@ def _placement(plan: Plan, name: str, leaf: str) -> Placement:
         if child == "lora_B":
             return Replicate() if style == "row" else Shard(0)
         if child == "lora_magnitude_vector":
-            raise UserError("--use_dora true does not go with --tensor_model_parallel_size above 1; use LoRA")
+            return Replicate() if style == "row" else Shard(0)
         raise AssertionError(f"{name}.{leaf}: the plan does not say how tensor ranks share it")
     return Replicate()
 

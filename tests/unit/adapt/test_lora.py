@@ -45,7 +45,9 @@ def test_peft_reads_our_adapter(oracle, adapt_args, shake, tmp_path, variant) ->
     assert not torch.allclose(oracle.logits(model), oracle.logits(oracle.make()), atol=1e-3)
     adapt.save_adapter(adapt.adapter_tensors(model, made), made, tmp_path, base_model="some/base")
     theirs = PeftModel.from_pretrained(oracle.make(), str(tmp_path))
-    torch.testing.assert_close(oracle.logits(theirs), oracle.logits(model), atol=0, rtol=0)
+    # DoRA's row norms are added up in another order than peft's.
+    close = 1e-6 if variant.get("use_dora") else 0
+    torch.testing.assert_close(oracle.logits(theirs), oracle.logits(model), atol=close, rtol=close)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
@@ -61,7 +63,7 @@ def test_we_read_pefts_adapter(oracle, shake, tmp_path, variant) -> None:
     theirs.save_pretrained(str(tmp_path))
     ours = oracle.make()
     found = adapt.load_adapter(ours, tmp_path, oracle.plan.groups, trainable=True)
-    torch.testing.assert_close(oracle.logits(ours), oracle.logits(theirs), atol=0, rtol=0)
+    torch.testing.assert_close(oracle.logits(ours), oracle.logits(theirs), atol=1e-6, rtol=1e-6)
     assert found.mode == "lora" and all(name.endswith(("q_proj", "down_proj")) for name in found.targets)
     trained = {name for name, p in theirs.named_parameters() if p.requires_grad}
     assert len(found.trainable) == len(trained)
