@@ -47,7 +47,6 @@ FLAGS: list[tuple[int, tuple[str, ...], list[str]]] = [
     (2, (PP, "2", STEPS, "1"), [f"{STEPS} 1: a pipeline of 2 stages", "use 2"]),
     (2, (PP, "2", VPP, "2", STEPS, "2"), [f"{STEPS} 2: a pipeline of 4 stages", "use 4"]),
     (2, (PP, "2", "--pipeline_schedule", "zero_bubble", STEPS, "3"), [f"{STEPS} 3", "multiple of 2", "use 4"]),
-    (2, (TP, "2", "--use_dora", "true"), ["--use_dora true does not go with", TP]),
     (2, (TP, "2", "--quant_method", "bnb"), ["--quant_method bnb does not go with", TP]),
     (2, (TP, "2", *FULL, "--fp8", "true"), ["--fp8 true does not go with", TP]),
     (2, (*FULL, "--optim", "muon"), ["--optim muon", "--deepspeed zero0"]),

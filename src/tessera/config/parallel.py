@@ -125,7 +125,6 @@ def _pipeline(values: Mapping[str, Any], notes: list[str]) -> None:
 
 def _tensor(values: Mapping[str, Any]) -> None:
     refused = {
-        "use_dora": (values["use_dora"], "true", "DoRA needs whole rows of a weight; use LoRA"),
         "quant_method": (values["quant_method"], values["quant_method"], "packed weights cannot be cut; shard them "
                          "over data, context or pipeline ranks instead"),
         "fp8": (values["fp8"], "true", "its products have no split version; drop one of them"),
