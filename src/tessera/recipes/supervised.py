@@ -55,7 +55,7 @@ from tessera.train.optim import Optimizers
 from tessera.train.schedule import Schedule, warmup_steps
 from tessera.train.step import Engine
 from tessera.train.trainer import Cadence, Progress, SignalError, Trainer, restore
-from tessera.weights import hf
+from tessera.weights.saving import Saving
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +148,8 @@ def checkpoint_writer(
                 adapt.save_adapter(every, adaptation, directory, base_model=str(source.path))
         else:
             dtype = dtype_of(run.model.torch_dtype) if run.model.torch_dtype else None
-            hf.save(
-                model.state_dict(),
-                directory,
-                source.weightmap,
-                source=source.checkpoint,
-                dtype=dtype,
-                write=mesh.is_stage_main,
-                together=mesh if mesh.layout.pp > 1 else None,
+            Saving.of(model.state_dict(), source.weightmap, origin=source.checkpoint, dtype=dtype, ranks=mesh).write(
+                directory
             )
             if mesh.is_main:
                 limit_processor(directory, run, source.geometry)
