@@ -21,7 +21,6 @@ import copy
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -302,12 +301,11 @@ def load_adapter(
     ``rename`` maps a module name of the file to the model's where those differ (adapters of an older naming). Every
     tensor of the file must find its place and every adapter parameter its tensor; UserError otherwise.
     """
-    made, fill = attach(model, directory, groups, lorap_lr_ratio=lorap_lr_ratio, quantised=quantised, rename=rename)
+    made, fill = attach(
+        model, directory, groups, trainable=trainable, lorap_lr_ratio=lorap_lr_ratio, quantised=quantised, rename=rename
+    )
     fill(model)
-    if trainable:
-        return made
-    model.requires_grad_(False)
-    return replace(made, trainable=())
+    return made
 
 
 def attach(
@@ -315,11 +313,12 @@ def attach(
     directory: Path | str,
     groups: Groups,
     *,
+    trainable: bool = True,
     lorap_lr_ratio: float | None = None,
     quantised: Sequence[str] = (),
     rename: Callable[[str], str] = lambda name: name,
 ) -> tuple[Adaptation, Callable[[nn.Module], None]]:
-    """As :func:`load_adapter`, trainable, for a ``model`` that may be empty: what was done, and what fills it.
+    """As :func:`load_adapter` for a ``model`` that may be empty: what was done, and what fills it.
 
     The second is called when ``model``, or what this rank holds of it, has its memory.
     """
@@ -347,7 +346,10 @@ def attach(
     _inject(model, exact, quantised=bool(quantised), nothing=not names)
     experts.wrap(model, stacks, config.r, _scaling(config))
     places = _places(model, tensors, saved, str(directory), tied=config.ensure_weight_tying)
-    _train_whole(model, saved)
+    if trainable:
+        _train_whole(model, saved)
+    else:
+        model.requires_grad_(False)
     config.modules_to_save = list(saved) or None
     trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
     made = Adaptation("lora", groups, trained, (*names, *stacks), saved, tuple(quantised), config, lorap_lr_ratio)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tessera.adapt.quant import peft_imports
 from tessera.config.errors import UserError
 from tessera.contract.shards import Part, whole
 
@@ -102,6 +101,8 @@ def read_config(directory: Path, parameters: Collection[str]) -> LoraConfig:
     if used or (isinstance(start, str) and start.split("_")[0] in ("pissa", "olora", "corda", "loftq", "lora")):
         what = used[0] if used else f"init_lora_weights={start}, which changes the base weights"
         raise UserError(f"--adapters {directory}: uses {what}; merge it with peft first and give the result as --model")
+    from tessera.adapt.quant import peft_imports  # not above: what quantises asks what is adapted, which asks us
+
     with peft_imports(quantised=False):
         from peft import LoraConfig
 
