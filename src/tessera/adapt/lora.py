@@ -405,8 +405,10 @@ def _places(model: nn.Module, tensors: dict[str, Stored], saved: Sequence[str], 
 def _fill(model: nn.Module, places: Places, source: str) -> None:
     """Copy every tensor, or this rank's slice of it, to its parameter."""
     for name, parameter in model.named_parameters():
+        if name not in places:
+            continue
         target, part = local(parameter), held(parameter)
-        if name not in places or not target.numel():
+        if not target.numel():
             continue
         (_, tensor), *twins = places[name]
         value = tensor.read(part)
