@@ -62,7 +62,7 @@ def placed(run: Run, mesh: Mesh) -> tuple[torch.nn.Module, adapt.Adaptation, dic
 
 def loaded(model: str, axes: dict[str, int], kind: str, more: list[str]) -> dict[str, Any]:
     """What a rank read, what of the base it holds, and the values of everything that it holds."""
-    mesh = Mesh.from_env(layout_of(world_size(), **axes), timeout_s=60)
+    mesh = Mesh.from_env(layout_of(world_size(), **axes), timeout_s=180)
     module, made, read = placed(settings(model, kind, *more), mesh)
     everything = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     base = {name: value for name, value in everything.items() if adapt.stored_name(name) is not None}
@@ -72,6 +72,9 @@ def loaded(model: str, axes: dict[str, int], kind: str, more: list[str]) -> dict
         for name, value in base.items()
         if plain(value) or any(kind.is_replicate() for kind in value.placements)  # type: ignore[attr-defined]
     }
+    for index, names in enumerate(stages := mesh.gather({adapt.stored_name(name) for name in base}, "pp")):
+        for others in stages[:index]:
+            replicated |= names & others  # a tied embedding, on both ends of a pipeline
     whole_adapter = {}
     if made.mode == "lora":
         tensors = adapt.adapter_tensors(module, made, lambda tensor: fsdp.full(tensor, mesh))

@@ -70,7 +70,7 @@ def write_all(model: str, axes: dict[str, int], source: str, out: str) -> int:
     """Every rank writes its part of every variant; how many collectives it took."""
     from torch.distributed.tensor.debug import CommDebugMode
 
-    mesh = Mesh.from_env(layout_of(world_size(), **axes), timeout_s=60)
+    mesh = Mesh.from_env(layout_of(world_size(), **axes), timeout_s=180)
     config = config_for(model)
     family, module = family_of(config), trained(config)
     stages = placement.stages_of(module, mesh)
@@ -126,7 +126,7 @@ def test_every_tensor_is_written_once() -> None:
 
 
 def numbers_written(model: str, axes: dict[str, int]) -> int:
-    mesh = Mesh.from_env(layout_of(world_size(), **axes), timeout_s=60)
+    mesh = Mesh.from_env(layout_of(world_size(), **axes), timeout_s=180)
     config = config_for(model)
     family, module = family_of(config), trained(config)
     apply.apply(module, family.plan(config), mesh, Spread(), compute_dtype=torch.float32)
