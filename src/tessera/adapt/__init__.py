@@ -1,8 +1,9 @@
 """What is trainable? Freeze groups, adapters, a quantised base, and the files adapters are kept in.
 
-The order of a run: load the weights, :func:`apply` (which quantises, injects adapters and sets ``requires_grad``),
-shard, then :func:`param_groups` for the optimiser and :func:`trainable_table` for the one-screen summary. An
-:class:`Adaptation` says what was done and is what :func:`save_adapter` needs later.
+The order of a run: build the empty model, :func:`apply` (which injects adapters and sets ``requires_grad``), shard,
+read the weights, :func:`initialise` the adapters, then :func:`param_groups` for the optimiser and
+:func:`trainable_table` for the one-screen summary. A model whose weights are there already gets its adapters' values
+at once; quantising needs that. An :class:`Adaptation` says what was done and is what :func:`save_adapter` needs later.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from torch import nn
 
 from tessera.adapt import fp8, lora, quant, targets, trainable
-from tessera.adapt.lora import adapter_tensors, load_adapter, merge, save_adapter
+from tessera.adapt.lora import adapter_tensors, attach, initialise, load_adapter, merge, save_adapter, stored_name
 from tessera.adapt.quant import Quantisation, quantised_parameters
 from tessera.adapt.trainable import Adaptation, ParamGroup, param_groups, trainable_table
 from tessera.config.errors import UserError
@@ -23,12 +24,15 @@ __all__ = [
     "Quantisation",
     "adapter_tensors",
     "apply",
+    "attach",
     "fp8",
+    "initialise",
     "load_adapter",
     "merge",
     "param_groups",
     "quantised_parameters",
     "save_adapter",
+    "stored_name",
     "trainable_table",
 ]
 
@@ -36,8 +40,9 @@ __all__ = [
 def apply(
     model: nn.Module, args: AdaptArgs, plan: Plan, *, seed: int, quantisation: Quantisation | None = None
 ) -> Adaptation:
-    """Make ``model`` (weights loaded) trainable as ``--train_type`` and its companions say; in place.
+    """Make ``model`` trainable as ``--train_type`` and its companions say; in place.
 
+    If it has no values yet (meta), its adapters wait for :func:`initialise`.
     ``quantisation`` comes from :func:`tessera.adapt.quant.requested`, which refuses bad flags before weights load.
     """
     if args.train_type == "full":
@@ -56,7 +61,9 @@ def apply(
     saved = lora.modules_to_save(model, args.modules_to_save)
     chosen = targets.select(model, args, plan.groups)
     quantised = quant.quantise(model, plan.groups, quantisation, keep=saved) if quantisation else ()
-    config = lora.inject(model, chosen, saved, args, seed=seed, quantised=bool(quantised))
+    config = lora.inject(model, chosen, saved, args, quantised=bool(quantised))
+    if not lora.is_empty(model):
+        lora.initialise(model, seed)
     names = trainable.trainable_names(model)
     return Adaptation(
         "lora", plan.groups, names, (*chosen.names, *chosen.stacks), saved, quantised, config, args.lorap_lr_ratio

@@ -20,11 +20,14 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from tessera.adapt.stored import Stored
 from tessera.contract.seams import Divisible
+from tessera.contract.shards import keep, local
 from tessera.models.layers import gated
 from tessera.models.moe import Experts, Router, grouped_product
 
@@ -70,13 +73,13 @@ class ExpertLora(Divisible):
 
     @torch.no_grad()
     def initialise(self, name: str, seed: int) -> None:
-        """A uniform in +-1/sqrt(in) and B zero: a function of (seed, name)."""
+        """A uniform in +-1/sqrt(in) and B zero: a function of (seed, name), of which a rank keeps its slice."""
         for part in PARTS:
             a = self.get_parameter(f"lora_A_{part}")
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}.{part}".encode()))
             bound = a.shape[-1] ** -0.5
-            a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
-            self.get_parameter(f"lora_B_{part}").zero_()
+            keep(a, torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+            local(self.get_parameter(f"lora_B_{part}")).zero_()
 
     @torch.no_grad()
     def merged(self) -> Experts:
@@ -109,11 +112,11 @@ class RouterLora(Divisible):
 
     @torch.no_grad()
     def initialise(self, name: str, seed: int) -> None:
-        """A uniform in +-1/sqrt(in) and B zero: a function of (seed, name)."""
+        """A uniform in +-1/sqrt(in) and B zero: a function of (seed, name), of which a rank keeps its slice."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         bound = self.lora_A_weight.shape[-1] ** -0.5
-        self.lora_A_weight.copy_(torch.empty(self.lora_A_weight.shape).uniform_(-bound, bound, generator=generator))
-        self.lora_B_weight.zero_()
+        keep(self.lora_A_weight, torch.empty(self.lora_A_weight.shape).uniform_(-bound, bound, generator=generator))
+        local(self.lora_B_weight).zero_()
 
     @torch.no_grad()
     def merged(self) -> Router:
@@ -165,8 +168,8 @@ def to_file(name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
 
 
 def from_file(
-    tensors: Mapping[str, Tensor], sizes: Mapping[str, int], adapter: str, routers: Sequence[str] = ()
-) -> dict[str, Tensor]:
+    tensors: Mapping[str, Stored], sizes: Mapping[str, int], adapter: str, routers: Sequence[str] = ()
+) -> dict[str, Stored]:
     """``tensors`` by peft's names in memory, those of experts ``sizes`` (name -> how many) and ``routers`` as ours."""
     out = dict(tensors)
     for module in routers:
@@ -179,9 +182,10 @@ def from_file(
                 held = out.pop(f"{module}{nested}.lora_{side}.{adapter}.weight", None)
                 if held is None:
                     continue
-                if side == "A":
-                    shaped = held.unflatten(0, (experts, -1))
-                else:
-                    shaped = held.unflatten(1, (-1, experts)).permute(2, 0, 1)
-                out[f"{module}.lora_{side}_{part}"] = shaped
+                out[f"{module}.lora_{side}_{part}"] = held.turned(partial(_unfolded, side=side, experts=experts))
     return out
+
+
+def _unfolded(held: Tensor, side: str, experts: int) -> Tensor:
+    """A tensor of peft's as the stack that it is."""
+    return held.unflatten(0, (experts, -1)) if side == "A" else held.unflatten(1, (-1, experts)).permute(2, 0, 1)

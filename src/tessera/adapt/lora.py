@@ -10,7 +10,9 @@ The layers are those of the ``peft`` library, injected in place, so module names
 and the files can be read by anything that reads peft's. What is ours: adapter parameters are float32 masters whatever
 the base dtype (run under autocast); their start is a function of the seed and the parameter's *name*, hence the same
 on every rank and layout; modules to save are trained in place rather than in a copy; merging is done in float32, layer
-by layer, and gives back the plain modules.
+by layer, and gives back the plain modules. Adapters can be put beside weights that have no values yet (meta): model and
+adapters are then spread over ranks, weights read, and each rank gives its own slices of the adapters their values
+(:func:`initialise`, or what :func:`attach` returns).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import copy
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,34 +31,22 @@ from torch import Tensor, nn
 from tessera.adapt import experts
 from tessera.adapt.dora import Dora, row_squares
 from tessera.adapt.quant import is_quantised, peft_imports
+from tessera.adapt.stored import CONFIG_FILE, WEIGHTS_FILE, Stored, open_tensors, read_config
 from tessera.adapt.targets import Targets, ends_with, nearest
 from tessera.adapt.trainable import Adaptation
 from tessera.config.errors import UserError
 from tessera.config.run import AdaptArgs
 from tessera.contract.plan import Groups, within
+from tessera.contract.shards import held, keep, local
 from tessera.models.layers import Linear
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft's files put before every module name."""
 
 _NAME = "default"
-_UNSUPPORTED = (
-    "trainable_token_indices",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "use_qalora",
-    "use_bdlora",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-)
-
 
 # ---------------------------------------------------------------------------------------------------- making adapters
 
@@ -94,10 +85,11 @@ def _by_every_name(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def inject(
-    model: nn.Module, targets: Targets, saved: Sequence[str], args: AdaptArgs, *, seed: int, quantised: bool
-) -> LoraConfig:
-    """Put fresh adapters beside ``targets`` and freeze everything else but the ``saved`` modules; in place."""
+def inject(model: nn.Module, targets: Targets, saved: Sequence[str], args: AdaptArgs, *, quantised: bool) -> LoraConfig:
+    """Put adapters beside ``targets`` and freeze everything else but the ``saved`` modules; in place.
+
+    They have no meaningful values before :func:`initialise`.
+    """
     clash = [name for name in (*targets.names, *targets.stacks) if within(saved, name)]
     if clash:
         raise UserError(
@@ -123,15 +115,33 @@ def inject(
     _inject(model, config, quantised=quantised, nothing=not targets.names)
     adapted = {name for name, _ in _lora_layers(model)}
     assert adapted == set(targets.names), f"peft adapted {adapted ^ set(targets.names)} differently"
-    for name, layer in _lora_layers(model):
-        _initialise(layer, name, seed)
-    for name, stack in experts.wrap(model, targets.stacks, config.r, _scaling(config)):
-        stack.initialise(name, seed)
+    experts.wrap(model, targets.stacks, config.r, _scaling(config))
     _train_whole(model, saved)
     config.modules_to_save = list(saved) or None
     if targets.stacks:
         _name_for_peft(config, targets)
     return config
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Give fresh adapters their values, functions of (seed, name); of sharded ones this rank's slices.
+
+    The weights beside them must have theirs (DoRA starts at the norms of their rows).
+    """
+    for name, layer in _lora_layers(model):
+        _initialise(layer, name, seed)
+    for name, stack in experts.wrapped_in(model):
+        stack.initialise(name, seed)
+
+
+def is_empty(model: nn.Module) -> bool:
+    """Whether ``model`` has no values yet."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def stored_name(name: str) -> str | None:
+    """What the parameter ``name`` of an adapted model is called in the plain one; None if it is an adapter's own."""
+    return None if _is_adapter(name) else name.replace(".base_layer.", ".")
 
 
 def _name_for_peft(config: LoraConfig, targets: Targets) -> None:
@@ -169,7 +179,7 @@ def _inject(model: nn.Module, config: LoraConfig, *, quantised: bool, nothing: b
 
         # How peft is told to use its layers for bitsandbytes; each applies to modules of its kind only.
         vars(model).update({"is_loaded_in_4bit": True, "is_loaded_in_8bit": True} if quantised else {})
-        inject_adapter_in_model(copy.copy(config), model, adapter_name=_NAME)
+        inject_adapter_in_model(copy.copy(config), model, adapter_name=_NAME, low_cpu_mem_usage=is_empty(model))
     # Bookkeeping of peft's that would only disturb whoever looks at the model next.
     for attribute in ("peft_config", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(model).pop(attribute, None)
@@ -209,17 +219,22 @@ def _initialise(layer: Any, name: str, seed: int) -> None:
     # 32 bits: the CPU generator drops the rest of a seed.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     bound = a.shape[1] ** -0.5
-    a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
-    b.zero_()
+    keep(a, torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+    local(b).zero_()
     if _NAME in layer.lora_magnitude_vector:
-        layer.lora_magnitude_vector[_NAME].weight.copy_(row_squares(_weight(layer)).sqrt())
+        magnitude, base = layer.lora_magnitude_vector[_NAME], layer.get_base_layer()
+        squares = row_squares(_weight(layer))
+        if isinstance(magnitude, Dora):  # where ranks hold some columns each, a row's squares are added up over them
+            assert held(magnitude.weight) == held(base.weight)[:1], f"{name}: other rows than its weight's"
+            squares = magnitude.across(squares)
+        local(magnitude.weight).copy_(squares.sqrt())
 
 
 def _weight(layer: Any) -> Tensor:
-    """The base weight ``[out, in]`` in float32, expanded if it is quantised."""
+    """The base weight ``[out, in]``, or this rank's rows of it, in float32, expanded if it is quantised."""
     base = layer.get_base_layer()
     if not is_quantised(base):
-        return base.weight.detach().float()
+        return local(base.weight).float()
     from peft.utils.integrations import dequantize_module_weight
 
     return dequantize_module_weight(base).detach().float()
@@ -291,13 +306,34 @@ def load_adapter(
     ``rename`` maps a module name of the file to the model's where those differ (adapters of an older naming). Every
     tensor of the file must find its place and every adapter parameter its tensor; UserError otherwise.
     """
-    config = _read_config(Path(directory))
-    tensors = {_memory_name(key, rename): tensor for key, tensor in _read_tensors(Path(directory)).items()}
+    made, fill = attach(
+        model, directory, groups, trainable=trainable, lorap_lr_ratio=lorap_lr_ratio, quantised=quantised, rename=rename
+    )
+    fill(model)
+    return made
+
+
+def attach(
+    model: nn.Module,
+    directory: Path | str,
+    groups: Groups,
+    *,
+    trainable: bool = True,
+    lorap_lr_ratio: float | None = None,
+    quantised: Sequence[str] = (),
+    rename: Callable[[str], str] = lambda name: name,
+) -> tuple[Adaptation, Callable[[nn.Module], None]]:
+    """As :func:`load_adapter` for a ``model`` that may be empty: what was done, and what fills it.
+
+    The second is called when ``model``, or what this rank holds of it, has its memory.
+    """
+    config = read_config(Path(directory), ("weight", *experts.PARTS))
+    tensors = {_memory_name(key, rename): tensor for key, tensor in open_tensors(Path(directory)).items()}
     sizes = {name: model.get_parameter(f"{name}.down_proj").shape[0] for name in experts.names_in(model)}
     known = (*sizes, *experts.routers_in(model))
     stacks = [name for name in known if f"{name}.lora_A.{_NAME}.weight" in tensors]
-    held = {name: size for name, size in sizes.items() if name in stacks}
-    tensors = experts.from_file(tensors, held, _NAME, [name for name in stacks if name not in held])
+    counted = {name: size for name, size in sizes.items() if name in stacks}
+    tensors = experts.from_file(tensors, counted, _NAME, [name for name in stacks if name not in counted])
     names = sorted({name.partition(".lora_")[0] for name in tensors if _is_adapter(name)} - set(stacks))
     adaptable = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in names:
@@ -314,51 +350,15 @@ def load_adapter(
     exact.inference_mode, exact.target_parameters = False, None
     _inject(model, exact, quantised=bool(quantised), nothing=not names)
     experts.wrap(model, stacks, config.r, _scaling(config))
+    places = _places(model, tensors, saved, str(directory), tied=config.ensure_weight_tying)
     if trainable:
         _train_whole(model, saved)
-    _fill(model, tensors, saved, str(directory), tied=config.ensure_weight_tying)
-    if not trainable:
+    else:
         model.requires_grad_(False)
     config.modules_to_save = list(saved) or None
-    names_trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
-    return Adaptation("lora", groups, names_trained, (*names, *stacks), saved, tuple(quantised), config, lorap_lr_ratio)
-
-
-def _read_config(directory: Path) -> LoraConfig:
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(
-            f"--adapters {directory}: no {CONFIG_FILE} there; give the directory of a checkpoint or adapter"
-        )
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    kind = fields.get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"--adapters {directory}: peft_type {kind} is not supported; only LORA (LoRA, DoRA, rsLoRA) is")
-    used = [name for name in _UNSUPPORTED if fields.get(name)]
-    parameters = {name.rpartition(".")[2] for name in fields.get("target_parameters") or ()}
-    if not parameters <= {"weight", *experts.PARTS}:
-        used.append("target_parameters")
-    start = fields.get("init_lora_weights", True)
-    if used or (isinstance(start, str) and start.split("_")[0] in ("pissa", "olora", "corda", "loftq", "lora")):
-        what = used[0] if used else f"init_lora_weights={start}, which changes the base weights"
-        raise UserError(f"--adapters {directory}: uses {what}; merge it with peft first and give the result as --model")
-    with peft_imports(quantised=False):
-        from peft import LoraConfig
-
-        config = LoraConfig.from_pretrained(str(directory))
-    assert isinstance(config, LoraConfig)
-    return config
-
-
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    if (directory / WEIGHTS_FILE).is_file():
-        from safetensors.torch import load_file
-
-        return load_file(str(directory / WEIGHTS_FILE))
-    old = directory / "adapter_model.bin"
-    if old.is_file():
-        return dict(torch.load(old, map_location="cpu", weights_only=True))
-    raise UserError(f"--adapters {directory}: no {WEIGHTS_FILE} there; is the checkpoint complete?")
+    trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    made = Adaptation("lora", groups, trained, (*names, *stacks), saved, tuple(quantised), config, lorap_lr_ratio)
+    return made, partial(_fill, places=places, source=str(directory))
 
 
 def _memory_name(key: str, rename: Callable[[str], str]) -> str:
@@ -371,32 +371,31 @@ def _memory_name(key: str, rename: Callable[[str], str]) -> str:
     return name
 
 
-@torch.no_grad()
-def _fill(model: nn.Module, tensors: dict[str, Tensor], saved: Sequence[str], source: str, *, tied: bool) -> None:
-    """Copy every tensor to its parameter; nothing left over, nothing left out.
+Places = dict[str, list[tuple[str, Stored]]]
+"""By parameter name, the tensors of the file that belong there (several if they are tied), with their names."""
+
+
+def _places(model: nn.Module, tensors: dict[str, Stored], saved: Sequence[str], source: str, *, tied: bool) -> Places:
+    """Where every tensor belongs; nothing left over, nothing left out.
 
     ``tied``: the file keeps one copy of tensors that are tied (otherwise it must hold both).
     """
     parameters = _by_every_name(model)
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
     needed = {name for name in parameters if _is_adapter(name) or within(saved, name)}
-    filled: dict[int, Tensor] = {}
+    places: Places = {}
     for key, tensor in tensors.items():
         stem, _, leaf = key.rpartition(".")
         name = key if key in parameters else f"{stem}.base_layer.{leaf}"
         if name not in parameters:
             raise UserError(f"{source}: holds {key}, which this model has no place for; wrong --model?")
         parameter = parameters[name]
-        if parameter.shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)} in the file, {tuple(parameter.shape)} in the model"
+        if tuple(parameter.shape) != tensor.shape:
+            shapes = f"{tensor.shape} in the file, {tuple(parameter.shape)} in the model"
             raise UserError(f"{source}: {key} is {shapes}; wrong --model?")
-        twin = filled.setdefault(id(parameter), tensor)
-        if twin is not tensor and not torch.equal(twin, tensor):
-            raise UserError(
-                f"{source}: {key} differs from the tensor that this model ties it to; merge it with peft first"
-            )
-        parameter.copy_(tensor)
+        places.setdefault(first[id(parameter)], []).append((key, tensor))
         needed.discard(name)
-    untied = sorted(name for name in needed if id(parameters[name]) in filled)
+    untied = sorted(name for name in needed if first[id(parameters[name])] in places)
     if untied and not tied:
         raise UserError(
             f"{source}: trains one of two tensors that this model ties, {untied[0]} not; merge it with peft first"
@@ -404,6 +403,26 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], saved: Sequence[str], so
     missing = sorted(needed.difference(untied))
     if missing:
         raise UserError(f"{source}: {missing[0]} is missing ({len(missing)} in all); the adapter is incomplete")
+    return places
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, places: Places, source: str) -> None:
+    """Copy every tensor, or this rank's slice of it, to its parameter."""
+    for name, parameter in model.named_parameters():
+        if name not in places:
+            continue
+        target, part = local(parameter), held(parameter)
+        if not target.numel():
+            continue
+        (_, tensor), *twins = places[name]
+        value = tensor.read(part)
+        for key, twin in twins:
+            if not torch.equal(value, twin.read(part)):
+                raise UserError(
+                    f"{source}: {key} differs from the tensor that this model ties it to; merge it with peft first"
+                )
+        target.copy_(value)
 
 
 # ------------------------------------------------------------------------------------------------------------- merging

@@ -144,14 +144,16 @@ def load(
     dtype: Callable[[str], torch.dtype] | torch.dtype,
     device: torch.device,
     prepare: Callable[[nn.Module], None] = lambda module: None,
+    stored: Callable[[str], str | None] = lambda name: name,
 ) -> nn.Module:
     """The model with its weights on ``device``; ``dtype`` may depend on the parameter's name.
 
-    ``prepare`` sees the module while it is still on the meta device (to freeze it, say), before ``dtype`` is asked.
+    ``prepare`` sees the module while it is still on the meta device (to freeze or adapt it, say), before ``dtype`` is
+    asked. ``stored`` says what a parameter was called before; None: it was not there, and its values are up to others.
     """
     with torch.device("meta"):
         module = source.family.build(source.config)
     shapes = shapes_of(module)
     prepare(module)
-    load_weights(module, source.checkpoint, source.weightmap, dtype=dtype, device=device, shapes=shapes)
+    load_weights(module, source.checkpoint, source.weightmap, dtype=dtype, device=device, shapes=shapes, stored=stored)
     return module

@@ -17,14 +17,20 @@ import errno
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from tessera.checkpoint.background import HostCopies
 from tessera.config.errors import UserError
+from tessera.parallel import fsdp
 from tessera.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 STATE_DIR = "state"
 
@@ -38,30 +44,52 @@ def _tensors(model: nn.Module, optimizer_state: dict[str, Tensor]) -> dict[str, 
     return {"model": masters, "optimizer": optimizer_state}
 
 
-def save_tensors(checkpoint: Path, model: nn.Module, optimizer_state: dict[str, Tensor], mesh: Mesh) -> None:
-    """Write the trained parameters, the optimiser's tensors and this rank's generators below ``checkpoint``.
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What decides the next step, on this rank: live tensors, or copies of them."""
 
-    Raises OSError if the disk refuses.
-    """
-    import torch.distributed.checkpoint as dcp
+    tensors: dict[str, Any]
+    generators: dict[str, Tensor]
+    rank: int
+    alone: bool
 
-    directory = checkpoint / STATE_DIR
-    directory.mkdir(exist_ok=True)
-    writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=False)
-    try:
-        torch.save(_generators(mesh), _rng_path(directory, mesh.rank))
-        with _quiet():
-            dcp.save(_tensors(model, optimizer_state), storage_writer=writer, no_dist=mesh.grid is None)
-    except dcp.api.CheckpointException as error:
-        refusals = [refused for cause, _ in error.failures.values() if (refused := _refusal(cause)) is not None]
-        if not refusals:
-            raise
-        raise refusals[0] from error
-    except RuntimeError as error:
-        refused = _refusal(error)
-        if refused is None:
-            raise
-        raise refused from error
+    @classmethod
+    def of(
+        cls, model: nn.Module, optimizer_state: dict[str, Tensor], mesh: Mesh, copies: HostCopies | None = None
+    ) -> Snapshot:
+        """The state as it is now; it stays so if there are ``copies`` to hold it."""
+        tensors = _tensors(model, optimizer_state)
+        if copies is not None:
+            tensors = {
+                part: {
+                    name: fsdp.like(copies.copy(f"{part}.{name}", fsdp.local(tensor, mesh).detach()), tensor, mesh)
+                    for name, tensor in held.items()
+                }
+                for part, held in tensors.items()
+            }
+        return cls(tensors, _generators(mesh), mesh.rank, mesh.grid is None)
+
+    def write(self, checkpoint: Path, group: ProcessGroup | None = None) -> None:
+        """Write it below ``checkpoint``, together with all ranks (of ``group``). OSError if the disk refuses."""
+        import torch.distributed.checkpoint as dcp
+
+        directory = checkpoint / STATE_DIR
+        directory.mkdir(exist_ok=True)
+        writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=False)
+        try:
+            torch.save(self.generators, _rng_path(directory, self.rank))
+            with _quiet():
+                dcp.save(self.tensors, storage_writer=writer, process_group=group, no_dist=self.alone)
+        except dcp.api.CheckpointException as error:
+            refusals = [refused for cause, _ in error.failures.values() if (refused := _refusal(cause)) is not None]
+            if not refusals:
+                raise
+            raise refusals[0] from error
+        except RuntimeError as error:
+            refused = _refusal(error)
+            if refused is None:
+                raise
+            raise refused from error
 
 
 def _refusal(error: BaseException) -> OSError | None:
@@ -80,7 +108,7 @@ def _refusal(error: BaseException) -> OSError | None:
 
 
 def load_tensors(checkpoint: Path, model: nn.Module, optimizer_state: dict[str, Tensor], mesh: Mesh) -> None:
-    """Read what :func:`save_tensors` wrote, in place, into any number of ranks.
+    """Read what :meth:`Snapshot.write` wrote, in place, into any number of ranks.
 
     ``optimizer_state`` must hold allocated tensors of the right shapes. UserError if the checkpoint was saved with
     ``--save_only_model true`` or trains other parameters.

@@ -121,13 +121,17 @@ class Store:
                 if metric is not None and (self.best_metric is None or metric < self.best_metric):
                     self.best, self.best_metric = path, metric
 
+    def path_of(self, step: int) -> Path:
+        """What the checkpoint of ``step`` is called."""
+        return self.run_dir / f"checkpoint-{step}"
+
     def publish(self, step: int, write: Callable[[Path], None], *, metric: float | None = None) -> Path:
         """Write ``checkpoint-<step>`` through ``write(aside)`` on every rank, then make it appear.
 
         ``metric`` (lower is better) decides which checkpoint is the best. Raises UserError if the disk refuses; then
         nothing that existed before has changed.
         """
-        final = self.run_dir / f"checkpoint-{step}"
+        final = self.path_of(step)
         aside = self.run_dir / f"{_WRITING}{final.name}"
         try:
             if self.is_main:

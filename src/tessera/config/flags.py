@@ -223,6 +223,7 @@ REST = (
     F("save_strategy", "save", "str", "steps", "when to save", choices=("steps", "epoch", "no")),
     F("save_steps", "save", "steps", 500, "save every N steps or share of the run; -1 at the end only"),
     F("save_total_limit", "save", "int", None, "checkpoints kept; the best and the last stay", low=1),
+    F("async_save", "save", "bool", False, "write checkpoints while training goes on, from a copy in host memory"),
     F("save_only_model", "save", "bool", False, "leave out what only resuming needs"),
     F("resume_from_checkpoint", "save", "str", None, "checkpoint to go on from; true for the newest complete one"),
     F("max_shard_size", "save", "size", 5 * 10**9, "largest weight file", low=1, verbs=(*TRAIN, "export")),

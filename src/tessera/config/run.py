@@ -158,6 +158,7 @@ class SaveArgs:
     save_strategy: str
     save_steps: Steps
     save_total_limit: int | None
+    async_save: bool
     save_only_model: bool
     resume_from_checkpoint: str | None
     max_shard_size: int

@@ -1,13 +1,15 @@
 """From flags to a model in its place: the layout of ranks, the weights, the adapter, the split.
 
-The order matters. In full training the empty model is spread over the ranks first, so that each reads only its own
-bytes of every file. An adapter is put beside the weights it adapts, then both are spread, A and B following their base.
+The order matters. The empty model is adapted and spread over the ranks first, A and B following their base, so that
+each rank reads only its own bytes of every file; then adapters get their values, slice by slice. A base that is stored
+in few bits is the exception: its layers are packed from whole weights, so every rank reads the whole model first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -91,22 +93,22 @@ def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) ->
     """The model with its weights, adapted, with recomputation set, and spread over the mesh.
 
     What is trained is kept in float32 and what is frozen in ``dtype``; matrix products run in ``dtype`` either way.
-    In full training the empty model is spread first, so that each rank reads only its own bytes of every file.
+    The empty model is spread first, so that each rank reads only its own bytes of every file; with ``--quant_method``
+    every rank reads the whole model, because packing a layer needs all of its weight.
     """
     quantisation = adapt.quant.requested(run.model, run.adapt)
-    full = run.adapt.train_type == "full"
     trained: set[str] = set()
     stages: list[Stage] = []
-    adaptations: list[adapt.Adaptation] = []
+    adapted: list[tuple[adapt.Adaptation, Filling]] = []
 
     def spread(module: nn.Module) -> None:
         stages.extend(_stages(run, module, mesh))
         apply.apply(module, source.plan, mesh, spread_of_run(run), compute_dtype=dtype, stages=stages)
 
     def decide(module: nn.Module) -> None:
-        if full:
-            adaptations.append(adapt.apply(module, run.adapt, source.plan, seed=run.train.seed))
-            trained.update(adaptations[0].trainable)
+        if quantisation is None:
+            adapted.append(_adapted(run, source, module))
+            trained.update(adapted[0][0].trainable)
             if run.memory.fp8:
                 adapt.fp8.convert(module, source.plan.groups, run.memory)
             spread(module)
@@ -114,16 +116,17 @@ def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) ->
     def dtype_for(name: str) -> torch.dtype:
         return torch.float32 if name in trained else dtype
 
-    model = door.load(source, dtype=dtype_for, device=mesh.device, prepare=decide)
-    if run.model.adapters:
-        adaptations.append(continued(run, source, model, quantisation))
-    elif not full:
-        adaptations.append(adapt.apply(model, run.adapt, source.plan, seed=run.train.seed, quantisation=quantisation))
-    if not full:
+    stored = adapt.stored_name if quantisation is None else str
+    model = door.load(source, dtype=dtype_for, device=mesh.device, prepare=decide, stored=stored)
+    if quantisation is not None:
+        adapted.append(_adapted(run, source, model, quantisation))
+    adaptation, fill = adapted[0]
+    fill(model)
+    if quantisation is not None:
         spread(model)
     place_activations(run, model, source.plan)
     pipeline = pipeline_of(cast(VLM, model), stages, mesh, run.parallel.pipeline_schedule) if stages else None
-    return Placed(model, adaptations[0], pipeline)
+    return Placed(model, adaptation, pipeline)
 
 
 def routers_of(run: Run, model: nn.Module) -> Routers | None:
@@ -167,9 +170,25 @@ def _stages(run: Run, module: nn.Module, mesh: Mesh) -> list[Stage]:
     return stages_of(module, mesh, chunks, first, last)
 
 
+Filling = Callable[[nn.Module], None]
+"""What gives adapters their values when the weights have theirs."""
+
+
+def _adapted(
+    run: Run, source: door.Source, model: nn.Module, quantisation: adapt.Quantisation | None = None
+) -> tuple[adapt.Adaptation, Filling]:
+    """Make ``model`` trainable, with fresh adapters or with that of ``--adapters``."""
+    if run.model.adapters:
+        return continued(run, source, model, quantisation)
+    made = adapt.apply(model, run.adapt, source.plan, seed=run.train.seed, quantisation=quantisation)
+    if made.mode == "full" or quantisation is not None:
+        return made, lambda module: None
+    return made, partial(adapt.initialise, seed=run.train.seed)
+
+
 def continued(
     run: Run, source: door.Source, model: nn.Module, quantisation: adapt.Quantisation | None
-) -> adapt.Adaptation:
+) -> tuple[adapt.Adaptation, Filling]:
     """Go on training the adapter of ``--adapters``, as its own file describes it."""
     if run.adapt.train_type != "lora" or len(run.model.adapters) != 1:
         raise UserError(
@@ -177,11 +196,10 @@ def continued(
             "to train the weights, merge it first (tessera export --merge_lora true)"
         )
     quantised = adapt.quant.quantise(model, source.plan.groups, quantisation) if quantisation else ()
-    return adapt.load_adapter(
+    return adapt.attach(
         model,
         run.model.adapters[0],
         source.plan.groups,
-        trainable=True,
         lorap_lr_ratio=run.adapt.lorap_lr_ratio,
         quantised=quantised,
     )

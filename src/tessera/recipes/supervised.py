@@ -26,6 +26,7 @@ from torch import nn
 from tessera import adapt
 from tessera.checkpoint import open as door
 from tessera.checkpoint import state as tensors
+from tessera.checkpoint.background import HostCopies, Publisher, Write
 from tessera.checkpoint.store import (
     Store,
     checkpoints,
@@ -48,6 +49,7 @@ from tessera.observe.plots import draw
 from tessera.observe.screen import summary_screen
 from tessera.parallel import fsdp
 from tessera.parallel.apply import Sharder
+from tessera.parallel.aside import Aside
 from tessera.parallel.mesh import Mesh, world_size
 from tessera.parallel.watchdog import group_timeout, watching
 from tessera.recipes import fit, placement, screen
@@ -56,7 +58,7 @@ from tessera.train.optim import Optimizers
 from tessera.train.schedule import Schedule, warmup_steps
 from tessera.train.step import Engine
 from tessera.train.trainer import Cadence, Progress, SignalError, Trainer, restore
-from tessera.weights import hf
+from tessera.weights.saving import Saving
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,35 +145,83 @@ def cadence(run: Run, max_steps: int, steps_per_epoch: int, *, has_val: bool) ->
     )
 
 
-def checkpoint_writer(
-    run: Run, source: door.Source, model: nn.Module, adaptation: adapt.Adaptation, optimizers: Optimizers, mesh: Mesh
-) -> Callable[[Path], None]:
-    """A function that writes one checkpoint directory on all ranks: adapter or model, args.json, exact state."""
+def checkpoint_stager(
+    run: Run,
+    source: door.Source,
+    model: nn.Module,
+    adaptation: adapt.Adaptation,
+    optimizers: Optimizers,
+    mesh: Mesh,
+    aside: Aside | None = None,
+) -> Callable[[], Write]:
+    """A function that makes a checkpoint of this moment: adapter or model, args.json, exact state.
+
+    What it returns writes it, on all ranks at once; with ``aside`` from copies, at any later moment, in any thread.
+    """
+    copies = None if aside is None else HostCopies()
+    group = None if aside is None else aside.group
+
+    def stage() -> Write:
+        if copies is not None:
+            copies.begin()
+        stage_weights = staged_adapter if adaptation.mode == "lora" else staged_model
+        parts = [stage_weights(run, source, model, adaptation, mesh, copies)]
+        if mesh.is_main:
+            parts.append(lambda directory: write_json(directory / ARGS_FILE, run.to_json()))
+        if not run.save.save_only_model:
+            state = tensors.Snapshot.of(model, optimizers.state(), mesh, copies)
+            parts.append(partial(state.write, group=group))
+        if copies is not None:
+            copies.settle()
+
+        def write(directory: Path) -> None:
+            for part in parts:
+                part(directory)
+
+        return write
+
+    return stage
+
+
+def staged_adapter(
+    run: Run,
+    source: door.Source,
+    model: nn.Module,
+    adaptation: adapt.Adaptation,
+    mesh: Mesh,
+    copies: HostCopies | None,
+) -> Write:
+    """The adapter, gathered on the main rank (it is small), which writes it."""
+    held = adapt.adapter_tensors(model, adaptation, partial(fsdp.full, mesh=mesh))
+    stages = mesh.gather(held, "pp") if mesh.layout.pp > 1 else [held]
+    every = {name: tensor for part in stages for name, tensor in part.items()} if mesh.is_main else {}
 
     def write(directory: Path) -> None:
-        if adaptation.mode == "lora":
-            held = adapt.adapter_tensors(model, adaptation, partial(fsdp.full, mesh=mesh))
-            stages = mesh.gather(held, "pp") if mesh.layout.pp > 1 else [held]
-            if mesh.is_main:
-                every = {name: tensor for part in stages for name, tensor in part.items()}
-                adapt.save_adapter(every, adaptation, directory, base_model=str(source.path))
-        else:
-            dtype = dtype_of(run.model.torch_dtype) if run.model.torch_dtype else None
-            hf.save(
-                model.state_dict(),
-                directory,
-                source.weightmap,
-                source=source.checkpoint,
-                dtype=dtype,
-                write=mesh.is_stage_main,
-                together=mesh if mesh.layout.pp > 1 else None,
-            )
-            if mesh.is_main:
-                limit_processor(directory, run, source.geometry)
         if mesh.is_main:
-            write_json(directory / ARGS_FILE, run.to_json())
-        if not run.save.save_only_model:
-            tensors.save_tensors(directory, model, optimizers.state(), mesh)
+            adapt.save_adapter(every, adaptation, directory, base_model=str(source.path))
+
+    return write
+
+
+def staged_model(
+    run: Run,
+    source: door.Source,
+    model: nn.Module,
+    adaptation: adapt.Adaptation,
+    mesh: Mesh,
+    copies: HostCopies | None,
+) -> Write:
+    """The model, of which every rank writes its own part."""
+    dtype = dtype_of(run.model.torch_dtype) if run.model.torch_dtype else None
+    saving = Saving.of(model.state_dict(), source.weightmap, origin=source.checkpoint, dtype=dtype, ranks=mesh)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if copies is not None:  # what is frozen does not change
+        saving = saving.staged(lambda name, held: held if name in frozen else copies.copy(f"model.{name}", held))
+
+    def write(directory: Path) -> None:
+        saving.write(directory)
+        if mesh.is_main:
+            limit_processor(directory, run, source.geometry)
 
     return write
 
@@ -279,8 +329,9 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     groups = adapt.param_groups(model, run.train, adaptation)
     schedule, share = schedule_of(run, loader.total_steps), run.memory.optimizer_share
     optimizers = Optimizers(model, groups, run.train, schedule, mesh, host_share=share)
-    writer = checkpoint_writer(run, source, model, adaptation, optimizers, mesh)
-    store = Store(place.run_dir, run.save.save_total_limit, mesh.is_main, mesh.barrier)
+    aside = Aside.of(mesh, group_timeout(run.parallel.ddp_timeout)) if run.save.async_save else None
+    barrier = mesh.barrier if aside is None else aside.barrier
+    store = Store(place.run_dir, run.save.save_total_limit, mesh.is_main, barrier)
     store.sweep()
     engine, progress = engine_of(run, placed, source, mesh, dtype), Progress()
     if place.resume is not None:
@@ -304,10 +355,10 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
         optimizers=optimizers,
         loader=loader,
         evals=None if val is None else partial(val_loader, run, val, mesh),
-        store=store,
+        publisher=Publisher(store, log.write, aside is not None),
         log=log,
         cadence=cadence(run, loader.total_steps, loader.steps_in_epoch(0), has_val=val is not None),
-        write_checkpoint=writer,
+        stage_checkpoint=checkpoint_stager(run, source, model, adaptation, optimizers, mesh, aside),
         progress=progress,
     )
 
@@ -317,7 +368,7 @@ def finish(trainer: Trainer, summary: dict[str, Any]) -> None:
     mesh = trainer.engine.mesh
     if not mesh.is_main:
         return
-    run_dir = trainer.store.run_dir
+    run_dir = trainer.publisher.store.run_dir
     trainer.log.finish(summary)
     draw(run_dir)
     for name in ("last_model_checkpoint", "best_model_checkpoint"):

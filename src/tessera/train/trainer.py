@@ -23,7 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tessera.checkpoint.store import TRAINER_STATE, Store, write_json
+from tessera.checkpoint.background import Publisher, Write
+from tessera.checkpoint.store import TRAINER_STATE, write_json
 from tessera.config.errors import UserError
 from tessera.data.loader import Loader, Step
 from tessera.observe.metrics import RunLog
@@ -88,16 +89,16 @@ class Progress:
 
 @dataclass(slots=True)
 class Trainer:
-    """One training run, ready to go; ``write_checkpoint(dir)`` writes model and tensors on all ranks."""
+    """One training run, ready to go; ``stage_checkpoint()(dir)`` writes model and tensors of now, on all ranks."""
 
     engine: Engine
     optimizers: Optimizers
     loader: Loader
     evals: Callable[[], Loader] | None
-    store: Store
+    publisher: Publisher
     log: RunLog
     cadence: Cadence
-    write_checkpoint: Callable[[Path], None]
+    stage_checkpoint: Callable[[], Write]
     progress: Progress = field(default_factory=Progress)
     on_first_step: Callable[[], None] = lambda: None
     _signal: int = 0
@@ -126,15 +127,18 @@ class Trainer:
                 self._evaluate()
                 saved = self._save()
                 last = saved or last
+                self.publisher.poll()
                 self._check_stop(result, saved)
                 heart.enter("data")
                 clock, waited = time.monotonic(), self.loader.waited
+        self.publisher.wait()
+        store = self.publisher.store
         if self.progress.step < self.cadence.max_steps:
             raise UserError(f"the data ended at step {self.progress.step} of {self.cadence.max_steps}")
         return {
             "last_model_checkpoint": str(last or ""),
-            "best_model_checkpoint": str(self.store.best or ""),
-            "best_metric": self.store.best_metric,
+            "best_model_checkpoint": str(store.best or ""),
+            "best_metric": store.best_metric,
             "global_step": self.progress.step,
             "skipped_steps": self.progress.bad_steps,
             "train_tokens": self.progress.tokens,
@@ -238,14 +242,17 @@ class Trainer:
         state |= {} if routers is None else {"routers": routers.state()}
         state |= {"step": step, "epoch": self.progress.epoch, "metric": self.progress.metric}
 
-        def write(directory: Path) -> None:
-            self.write_checkpoint(directory)
-            if self.engine.mesh.is_main:
-                write_json(directory / TRAINER_STATE, state)
+        def stage() -> Write:
+            write = self.stage_checkpoint()
 
-        path = self.store.publish(step, write, metric=self.progress.metric)
-        self.log.write(f"Saved checkpoint {path}")
-        return path
+            def write_all(directory: Path) -> None:
+                write(directory)
+                if self.engine.mesh.is_main:
+                    write_json(directory / TRAINER_STATE, state)
+
+            return write_all
+
+        return self.publisher.publish(step, stage, metric=self.progress.metric)
 
     def _check_stop(self, result: StepResult, saved: Path | None) -> None:
         """After a signal, or with too many bad steps: save (unless just done) and leave."""
@@ -253,9 +260,11 @@ class Trainer:
         if number:
             path = saved or self._save(force=True)
             assert path is not None
+            self.publisher.wait()
             raise SignalError(128 + number, path)
         if self.progress.bad_in_row >= self.cadence.max_bad_steps:
             path = saved or self._save(force=True)
+            self.publisher.wait()
             raise UserError(
                 f"{self.progress.bad_in_row} steps in a row had to be skipped ({result.skipped}), as many as "
                 f"--max_bad_steps allows; saved {path}. Lower --learning_rate, or see the sample ids in logging.jsonl"

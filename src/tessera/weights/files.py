@@ -2,7 +2,8 @@
 
 A file is a JSON header with every tensor's type, shape and byte range, then the bytes. Where each tensor goes is known
 before any value is, so the header is written first, and every tensor then goes to its place whenever it comes, from
-whichever process holds it. Nothing is ever collected to be written.
+whichever process holds it: a region of a tensor is some contiguous runs of bytes. Nothing is ever collected to be
+written.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tessera.contract.shards import Part, whole
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -48,9 +55,10 @@ class Entry:
 
 
 class Writer:
-    """Safetensors files whose headers are written first; tensors then go to their places in any order.
+    """Safetensors files of known layout in ``folder``; values then go to their places in any order.
 
-    Other processes may open the files that one has created (``create`` false) and put tensors of their own.
+    Several processes may write into the same files at once, each its own regions: opening one never empties it. The
+    one that ``creates`` them writes the headers and sets the sizes.
     """
 
     def __init__(
@@ -60,35 +68,69 @@ class Writer:
         metadata: Mapping[str, dict[str, str]],
         stack: ExitStack,
         *,
-        create: bool = True,
+        creates: bool = True,
     ) -> None:
-        names = {dtype: name for name, dtype in DTYPES.items()}
-        self._entries = entries
-        self._files: dict[str, tuple[int, int]] = {}
-        for file in dict.fromkeys(entry.file for entry in entries.values()):
-            held = sorted((e.start, e.end, n) for n, e in entries.items() if e.file == file)
-            meta = metadata.get(file, {"format": "pt"})
-            header: dict[str, Any] = {"__metadata__": meta} if meta else {}
-            for start, end, name in held:
-                entry = entries[name]
-                header[name] = {"dtype": names[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
-            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-            text += b" " * (-len(text) % 8)
-            flags = os.O_WRONLY | (os.O_CREAT | os.O_TRUNC if create else 0)
-            descriptor = os.open(folder / file, flags, 0o644)
-            stack.callback(os.close, descriptor)
-            self._files[file] = (descriptor, 8 + len(text))
-            if create:
-                write_all(descriptor, struct.pack("<Q", len(text)) + text, 0)
+        self._folder, self._entries, self._metadata, self._stack = folder, entries, metadata, stack
+        self._open: dict[str, tuple[int, int]] = {}
+        self._creates = creates
+        if creates:
+            for file in dict.fromkeys(entry.file for entry in entries.values()):
+                self._opened(file)
 
-    def put(self, name: str, value: Tensor) -> None:
-        """Write the tensor called ``name`` on disk, in the type its entry says."""
+    def _opened(self, file: str) -> tuple[int, int]:
+        """The descriptor of ``file``, and where in it the data begins."""
+        if file not in self._open:
+            header = self._header(file)
+            descriptor = os.open(self._folder / file, os.O_WRONLY | os.O_CREAT, 0o644)
+            self._stack.callback(os.close, descriptor)
+            if self._creates:
+                end = max(entry.end for entry in self._entries.values() if entry.file == file)
+                os.ftruncate(descriptor, len(header) + end)
+                write_all(descriptor, header, 0)
+            else:
+                # Whoever publishes flushes its own machine's files only. (Callbacks run last to first: before closing.)
+                self._stack.callback(os.fsync, descriptor)
+            self._open[file] = (descriptor, len(header))
+        return self._open[file]
+
+    def _header(self, file: str) -> bytes:
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        held = sorted((e.start, e.end, n) for n, e in self._entries.items() if e.file == file)
+        meta = self._metadata.get(file, {"format": "pt"})
+        header: dict[str, Any] = {"__metadata__": meta} if meta else {}
+        for start, end, name in held:
+            entry = self._entries[name]
+            header[name] = {"dtype": names[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+    def put(self, name: str, value: Tensor, part: Part | None = None) -> None:
+        """Write ``value`` as the region ``part`` (default: all) of the tensor called ``name`` on disk, in its type."""
         entry = self._entries[name]
-        descriptor, data = self._files[entry.file]
         flat = value.to("cpu", entry.dtype).contiguous().reshape(-1)
-        assert flat.nbytes == entry.end - entry.start
-        if flat.nbytes:
-            write_all(descriptor, flat.view(torch.uint8).numpy().data, data + entry.start)
+        if not flat.numel():
+            return
+        assert tuple(value.shape) == (entry.shape if part is None else tuple(cut.stop - cut.start for cut in part))
+        starts, length = runs(entry.shape, whole(entry.shape) if part is None else part)
+        descriptor, data = self._opened(entry.file)
+        size = entry.dtype.itemsize
+        values = flat.view(torch.uint8).numpy().data
+        for index, start in enumerate(starts):
+            run = values[index * length * size : (index + 1) * length * size]
+            write_all(descriptor, run, data + entry.start + start * size)
+
+
+def runs(shape: tuple[int, ...], part: Part) -> tuple[list[int], int]:
+    """Where the contiguous runs of the region ``part`` begin in a tensor of ``shape``, and how long each is."""
+    sizes = [cut.stop - cut.start for cut in part]
+    # Behind the last dimension that is cut, everything is contiguous; so are the rows of that dimension.
+    depth = max((at for at, size in enumerate(sizes) if size != shape[at]), default=0)
+    strides = [prod(shape[at + 1 :]) for at in range(len(shape))]
+    starts = [sum(cut.start * stride for cut, stride in zip(part, strides, strict=True))]
+    for at in range(depth):
+        starts = [start + index * strides[at] for start in starts for index in range(sizes[at])]
+    return starts, prod(sizes[depth:])
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:

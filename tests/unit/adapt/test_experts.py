@@ -10,8 +10,10 @@ import torch
 
 import tessera.adapt as adapt
 from tessera.adapt.experts import ExpertLora, from_file, to_file
+from tessera.adapt.stored import Stored
 from tessera.adapt.trainable import param_groups
 from tessera.config.errors import UserError
+from tessera.contract.shards import whole
 from tessera.models.families import family_of
 from tessera.models.moe import Experts
 from tests.parity import reference as ref
@@ -37,14 +39,14 @@ def test_the_update_is_the_merged_one() -> None:
 
 def test_a_share_of_the_experts_is_the_same_rows_of_the_adapter() -> None:
     layer, rows = adapted(), torch.randn(9, 8)
-    whole = layer(rows, COUNTS)
+    everything = layer(rows, COUNTS)
     for first, part in ((0, rows[:3]), (2, rows[3:])):
         half = ExpertLora(Experts(2, 8, 6), rank=2, scaling=0.5)
         with torch.no_grad():
             for name, parameter in half.named_parameters():
                 parameter.copy_(layer.get_parameter(name)[first : first + 2])
         start = 0 if first == 0 else 3
-        torch.testing.assert_close(half(part, COUNTS[first : first + 2]), whole[start : start + len(part)])
+        torch.testing.assert_close(half(part, COUNTS[first : first + 2]), everything[start : start + len(part)])
 
 
 def test_files_keep_every_number() -> None:
@@ -54,8 +56,9 @@ def test_files_keep_every_number() -> None:
     for name, tensor in ours.items():
         found = to_file(name, tensor)
         assert found is not None and found[1].dim() == 2
-        held[found[0].removesuffix(".weight") + ".default.weight"] = found[1]
-    again = from_file(held, {"a.experts": 4}, "default")
+        held[found[0].removesuffix(".weight") + ".default.weight"] = Stored.of(found[1])
+    unfolded = from_file(held, {"a.experts": 4}, "default")
+    again = {name: stored.read(whole(stored.shape)) for name, stored in unfolded.items()}
     assert again.keys() == ours.keys() and all(torch.equal(again[name], ours[name]) for name in ours)
     assert to_file("a.q_proj.lora_A.default.weight", torch.ones(2, 2)) is None
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tessera.adapt.trainable import ParamGroup
-from tessera.checkpoint.state import load_tensors, save_tensors
+from tessera.checkpoint.state import Snapshot, load_tensors
 from tessera.config.resolve import run_of
 from tessera.contract.plan import Groups, Plan
 from tessera.parallel import fsdp
@@ -60,7 +60,7 @@ def interchange(directory: str, before: float, after: float) -> None:
     steps(*straight, range(4))
     first = made(mesh, before)
     steps(*first, range(2))
-    save_tensors(Path(directory), first[0], first[1].state(), mesh)
+    Snapshot.of(first[0], first[1].state(), mesh).write(Path(directory))
     mesh.barrier()
     second = made(mesh, after, seed=9)
     load_tensors(Path(directory), second[0], second[1].state(), mesh)
