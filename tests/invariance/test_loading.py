@@ -14,11 +14,12 @@ from tessera.checkpoint import open as door
 from tessera.config.resolve import resolve
 from tessera.config.run import Run
 from tessera.contract.layout import layout_of
-from tessera.contract.shards import Part, held, local, plain, whole
+from tessera.contract.shards import Part, whole
 from tessera.parallel import fsdp
 from tessera.parallel.mesh import Mesh, world_size
 from tessera.recipes import placement
 from tessera.weights.hf import Checkpoint
+from tessera.weights.shards import held, local, plain
 from tests.models import make_model_dir
 from tests.ranks import run_ranks
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tessera.adapt.stored import Stored
 from tessera.contract.seams import Divisible
-from tessera.contract.shards import keep, local
+from tessera.contract.shards import WHOLE, Shards, keep
 from tessera.models.layers import gated
 from tessera.models.moe import Experts, Router, grouped_product
 
@@ -72,14 +72,14 @@ class ExpertLora(Divisible):
         return grouped_product(rows, base, counts) + self.scaling * update
 
     @torch.no_grad()
-    def initialise(self, name: str, seed: int) -> None:
+    def initialise(self, name: str, seed: int, shards: Shards = WHOLE) -> None:
         """A uniform in +-1/sqrt(in) and B zero: a function of (seed, name), of which a rank keeps its slice."""
         for part in PARTS:
             a = self.get_parameter(f"lora_A_{part}")
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}.{part}".encode()))
             bound = a.shape[-1] ** -0.5
-            keep(a, torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
-            local(self.get_parameter(f"lora_B_{part}")).zero_()
+            keep(a, torch.empty(a.shape).uniform_(-bound, bound, generator=generator), shards)
+            shards.local(self.get_parameter(f"lora_B_{part}")).zero_()
 
     @torch.no_grad()
     def merged(self) -> Experts:
@@ -111,12 +111,16 @@ class RouterLora(Divisible):
         return self.base_layer.route(x, weight + update.to(weight))
 
     @torch.no_grad()
-    def initialise(self, name: str, seed: int) -> None:
+    def initialise(self, name: str, seed: int, shards: Shards = WHOLE) -> None:
         """A uniform in +-1/sqrt(in) and B zero: a function of (seed, name), of which a rank keeps its slice."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         bound = self.lora_A_weight.shape[-1] ** -0.5
-        keep(self.lora_A_weight, torch.empty(self.lora_A_weight.shape).uniform_(-bound, bound, generator=generator))
-        local(self.lora_B_weight).zero_()
+        keep(
+            self.lora_A_weight,
+            torch.empty(self.lora_A_weight.shape).uniform_(-bound, bound, generator=generator),
+            shards,
+        )
+        shards.local(self.lora_B_weight).zero_()
 
     @torch.no_grad()
     def merged(self) -> Router:

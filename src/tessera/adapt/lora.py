@@ -37,7 +37,7 @@ from tessera.adapt.trainable import Adaptation
 from tessera.config.errors import UserError
 from tessera.config.run import AdaptArgs
 from tessera.contract.plan import Groups, within
-from tessera.contract.shards import held, keep, local
+from tessera.contract.shards import WHOLE, Shards, keep
 from tessera.models.layers import Linear
 
 if TYPE_CHECKING:
@@ -123,15 +123,15 @@ def inject(model: nn.Module, targets: Targets, saved: Sequence[str], args: Adapt
     return config
 
 
-def initialise(model: nn.Module, seed: int) -> None:
-    """Give fresh adapters their values, functions of (seed, name); of sharded ones this rank's slices.
+def initialise(model: nn.Module, seed: int, shards: Shards = WHOLE) -> None:
+    """Give fresh adapters their values, functions of (seed, name); of sharded ones what ``shards`` says is here.
 
     The weights beside them must have theirs (DoRA starts at the norms of their rows).
     """
     for name, layer in _lora_layers(model):
-        _initialise(layer, name, seed)
+        _initialise(layer, name, seed, shards)
     for name, stack in experts.wrapped_in(model):
-        stack.initialise(name, seed)
+        stack.initialise(name, seed, shards)
 
 
 def is_empty(model: nn.Module) -> bool:
@@ -213,28 +213,30 @@ def _is_adapter(name: str) -> bool:
 
 
 @torch.no_grad()
-def _initialise(layer: Any, name: str, seed: int) -> None:
+def _initialise(layer: Any, name: str, seed: int, shards: Shards) -> None:
     """A uniform in +-1/sqrt(in), B zero, DoRA's magnitudes the row norms of W: all functions of (seed, name)."""
     a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
     # 32 bits: the CPU generator drops the rest of a seed.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     bound = a.shape[1] ** -0.5
-    keep(a, torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
-    local(b).zero_()
+    keep(a, torch.empty(a.shape).uniform_(-bound, bound, generator=generator), shards)
+    shards.local(b).zero_()
     if _NAME in layer.lora_magnitude_vector:
         magnitude, base = layer.lora_magnitude_vector[_NAME], layer.get_base_layer()
-        squares = row_squares(_weight(layer))
+        squares = row_squares(_weight(layer, shards))
         if isinstance(magnitude, Dora):  # where ranks hold some columns each, a row's squares are added up over them
-            assert held(magnitude.weight) == held(base.weight)[:1], f"{name}: other rows than its weight's"
+            assert shards.held(magnitude.weight) == shards.held(base.weight)[:1], (
+                f"{name}: other rows than its weight's"
+            )
             squares = magnitude.across(squares)
-        local(magnitude.weight).copy_(squares.sqrt())
+        shards.local(magnitude.weight).copy_(squares.sqrt())
 
 
-def _weight(layer: Any) -> Tensor:
+def _weight(layer: Any, shards: Shards = WHOLE) -> Tensor:
     """The base weight ``[out, in]``, or this rank's rows of it, in float32, expanded if it is quantised."""
     base = layer.get_base_layer()
     if not is_quantised(base):
-        return local(base.weight).float()
+        return shards.local(base.weight).float()
     from peft.utils.integrations import dequantize_module_weight
 
     return dequantize_module_weight(base).detach().float()
@@ -309,7 +311,7 @@ def load_adapter(
     made, fill = attach(
         model, directory, groups, trainable=trainable, lorap_lr_ratio=lorap_lr_ratio, quantised=quantised, rename=rename
     )
-    fill(model)
+    fill(model, WHOLE)
     return made
 
 
@@ -322,7 +324,7 @@ def attach(
     lorap_lr_ratio: float | None = None,
     quantised: Sequence[str] = (),
     rename: Callable[[str], str] = lambda name: name,
-) -> tuple[Adaptation, Callable[[nn.Module], None]]:
+) -> tuple[Adaptation, Callable[[nn.Module, Shards], None]]:
     """As :func:`load_adapter` for a ``model`` that may be empty: what was done, and what fills it.
 
     The second is called when ``model``, or what this rank holds of it, has its memory.
@@ -407,12 +409,12 @@ def _places(model: nn.Module, tensors: dict[str, Stored], saved: Sequence[str], 
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, places: Places, source: str) -> None:
+def _fill(model: nn.Module, shards: Shards, *, places: Places, source: str) -> None:
     """Copy every tensor, or this rank's slice of it, to its parameter."""
     for name, parameter in model.named_parameters():
         if name not in places:
             continue
-        target, part = local(parameter), held(parameter)
+        target, part = shards.local(parameter), shards.held(parameter)
         if not target.numel():
             continue
         (_, tensor), *twins = places[name]

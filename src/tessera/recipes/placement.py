@@ -29,6 +29,7 @@ from tessera.parallel.apply import Spread
 from tessera.parallel.mesh import Mesh, Place
 from tessera.train.offload import HostStore
 from tessera.train.routing import Routers
+from tessera.weights import shards
 
 if TYPE_CHECKING:
     from tessera.parallel.pipeline import Pipeline
@@ -183,7 +184,7 @@ def _adapted(
     made = adapt.apply(model, run.adapt, source.plan, seed=run.train.seed, quantisation=quantisation)
     if made.mode == "full" or quantisation is not None:
         return made, lambda module: None
-    return made, partial(adapt.initialise, seed=run.train.seed)
+    return made, partial(adapt.initialise, seed=run.train.seed, shards=shards)
 
 
 def continued(
@@ -196,10 +197,11 @@ def continued(
             "to train the weights, merge it first (tessera export --merge_lora true)"
         )
     quantised = adapt.quant.quantise(model, source.plan.groups, quantisation) if quantisation else ()
-    return adapt.attach(
+    made, fill = adapt.attach(
         model,
         run.model.adapters[0],
         source.plan.groups,
         lorap_lr_ratio=run.adapt.lorap_lr_ratio,
         quantised=quantised,
     )
+    return made, lambda module: fill(module, shards)

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from tessera.config.errors import UserError
-from tessera.contract.shards import Part, held, local, plain, whole
+from tessera.contract.shards import Part, whole
 from tessera.contract.weightmap import Piece, WeightMap
 from tessera.weights.files import DTYPES, INDEX, SINGLE, Entry
 from tessera.weights.saving import SIDE_FILES, Saving, bytes_of, copy_side_files, some
+from tessera.weights.shards import held, local, plain
 
 __all__ = ["INDEX", "SIDE_FILES", "SINGLE", "Checkpoint", "LoadReport", "copy_side_files", "load", "place", "save"]
 

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from tessera.config.errors import UserError
 from tessera.contract.layout import ParallelLayout
-from tessera.contract.shards import Part, held, local, plain, speaks
+from tessera.contract.shards import Part
 from tessera.contract.weightmap import Piece, WeightMap
 from tessera.weights.files import INDEX, SINGLE, Entry, Writer
+from tessera.weights.shards import held, local, plain, speaks
 
 if TYPE_CHECKING:
     from tessera.weights.hf import Checkpoint
