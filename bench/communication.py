@@ -17,7 +17,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def on_rank(case: Case) -> Found:
     every = [packed(config, case.per_batch, step) for step in range(2)]
     mine = [batches[mesh.data_rank :: layout.dp] for batches in every]
     train_step(engine, optimizers, mine[0], max_grad_norm=1.0)
-    routed = watch(model, config, mesh)
+    routed = watch(model, mesh)
     with Ledger() as ledger:
         train_step(engine, optimizers, mine[1], max_grad_norm=1.0)
     work = work_of(sharder, mesh, every[1], mine[1], routed)
@@ -171,8 +171,8 @@ def config_of(case: Case) -> dict[str, Any]:
     return config
 
 
-def watch(model: Any, config: Any, mesh: Any) -> list[Counter[int]]:
-    """Counts, from now on, the rows that routers send to each rank of the expert group; one entry, filled as they run."""
+def watch(model: Any, mesh: Any) -> Counter[int]:
+    """Counts, from now on, the rows that routers send to each rank of the expert group; filled as they run."""
     import torch
 
     from tessera.models.moe import Router
@@ -188,7 +188,7 @@ def watch(model: Any, config: Any, mesh: Any) -> list[Counter[int]]:
     for module in model.modules():
         if isinstance(module, Router):
             module.register_forward_hook(note)
-    return [seen]
+    return seen
 
 
 def work_of(
@@ -212,15 +212,11 @@ def work_of(
 
         group = mesh.experts["ep"].get_group()
         ranks, me = dist.get_process_group_ranks(group), group.rank()
-        sent = [part for rank, part in enumerate(mesh.gather(routed[0])) if rank in ranks]
+        sent = [part for rank, part in enumerate(mesh.gather(routed)) if rank in ranks]
         leaving = sum(count for rank, count in sent[me].items() if rank != me)
         arriving = sum(part[me] for rank, part in enumerate(sent) if rank != me)
-        found[0] = Work(found[0].rows, found[0].supervised, *_tower(found[0]), leaving, arriving)
+        found[0] = replace(found[0], routed_out=leaving, routed_back=arriving)
     return found
-
-
-def _tower(work: Any) -> tuple[int, int, int]:
-    return work.features_out, work.features_back, work.pixels
 
 
 def pixels_of(sharder: Any, mesh: Any, every: Sequence[Any], number: int) -> int:
