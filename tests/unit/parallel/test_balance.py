@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from bench.context import LIMIT, MIXTURES, RANKS, packed, pairs, uneven
 from bench.tower import grids, loads
 from tessera.parallel.balance import assign, at_home, imbalance
+from tests.ranks import run_ranks
 
 
 def test_longest_first_to_the_least_loaded() -> None:
@@ -36,6 +39,29 @@ def test_attention_of_packed_documents_is_even_over_context_ranks(mixture: str, 
         found = pairs(lengths, cp)
         assert sum(found) == sum(n * (n + 1) // 2 for n in lengths)
         assert uneven(found) <= LIMIT
+
+
+def on_rank() -> tuple[float, float]:
+    from tessera.contract.layout import layout_of
+    from tessera.models.families import family_of
+    from tessera.parallel.apply import Sharder, Spread
+    from tessera.parallel.mesh import Mesh, world_size
+    from tests.invariance.test_step import packed as rows_of
+    from tests.parity.reference import ours
+
+    mesh = Mesh.from_env(layout_of(world_size()), timeout_s=60)
+    config: dict[str, Any] = family_of({"model_type": "qwen3_vl"}).tiny()
+    family = family_of(config)
+    sharder = Sharder.of(ours(config), family.plan(config), mesh, Spread(), family.geometry(config, {}))
+    mine = rows_of(config, 2, 0)[mesh.data_rank :: 2]  # one image, and three
+    sharder(mine)
+    return sharder.imbalance, sharder.unbalanced
+
+
+def test_a_sharder_knows_what_balance_is_worth() -> None:
+    first, second = run_ranks(on_rank, 2)
+    assert first == second
+    assert first[0] < first[1] <= 2.0
 
 
 def test_equal_images_are_perfectly_even() -> None:
