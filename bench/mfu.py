@@ -113,9 +113,8 @@ def ours(args: argparse.Namespace, train_type: str, compiled: bool) -> dict[str,
             parameter.data = parameter.data.to(dtype)
     model.set_recompute(plan, decoder=True, tower=False)
     model.train()
-    tower = model.visual
     rows = rows_of(config, args.size, args.steps)
-    useful = operations(model.decoder.config, tower, rows[0], model, train_type)
+    useful = operations(model.decoder.config, model.visual, rows[0], model, train_type)
     if compiled:
         for layer in model.decoder.layers.values():
             layer.compile()
