@@ -211,16 +211,21 @@ def report(name: str, lines: Sequence[Line], settings: Mapping[str, Any]) -> int
             f"{line.what:<34} {line.against:<22} {ours:>10.3f} {theirs:>10.3f} {line.ratio:>7.3f} "
             f"{f'{low:.3f}..{high:.3f}':>15} {target:>8}  {'yes' if line.met else 'NO '}  [{line.unit}]"
         )
+    save(name, [line.as_dict() for line in lines], settings)
+    return 0 if all(line.met for line in lines) else 1
+
+
+def save(name: str, results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
+    """Write ``bench/results/<name>.json`` with the command, the date and the machine."""
     RESULTS.mkdir(exist_ok=True)
     words = [f'"{word}"' if " " in word else word for word in public(sys.argv[1:])]
     command = " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *words])
     result = {
         "benchmark": name, "command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine(),
-        "settings": dict(settings), "results": [line.as_dict() for line in lines],
+        "settings": dict(settings), "results": [dict(row) for row in results],
     }  # fmt: skip
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: bench/results/{name}.json")
-    return 0 if all(line.met for line in lines) else 1
 
 
 def public(arguments: Sequence[str]) -> list[str]:

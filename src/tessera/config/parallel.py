@@ -103,15 +103,15 @@ def _without_pipeline(values: Mapping[str, Any], given: Callable[[str], bool]) -
 
 def _pipeline(values: Mapping[str, Any], notes: list[str]) -> None:
     pp, parts, schedule = values[PP], values[VPP], values["pipeline_schedule"]
-    microbatches, stages = values["gradient_accumulation_steps"], values[PP] * values[VPP]
+    microbatches = values["gradient_accumulation_steps"]
     if parts > 1 and schedule == "1f1b":
         raise usage_error(
             f"--pipeline_schedule 1f1b runs one part per rank, not --{VPP} {parts}; use interleaved or zero_bubble"
         )
-    if microbatches < stages:
+    if microbatches < pp:
         raise usage_error(
-            f"--gradient_accumulation_steps {microbatches}: a pipeline of {stages} stages is filled by {stages} "
-            f"microbatches or more; use {stages}"
+            f"--gradient_accumulation_steps {microbatches}: a pipeline of {pp} ranks is filled by {pp} "
+            f"microbatches or more; use {pp}"
         )
     if microbatches % pp and schedule != "1f1b":
         raise usage_error(

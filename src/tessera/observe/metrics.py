@@ -52,6 +52,8 @@ KEY_ORDER = (
     "tokens/s",
     "data_wait(%)",
     "pack_efficiency",
+    "tower_imbalance",
+    "tower_imbalance_without",
 )
 TIME_KEYS = frozenset(
     {

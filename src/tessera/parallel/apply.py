@@ -136,13 +136,15 @@ def exchange_axis(mesh: Mesh, spread: Spread) -> str:
 class Sharder:
     """A step's microbatches to this rank's parts of them; the identity where batches stay whole.
 
-    ``imbalance`` is the largest over mean tower load of the latest step's microbatches (1.0 without images).
+    ``imbalance`` is the largest over mean tower load of the latest step's microbatches (1.0 without images), and
+    ``unbalanced`` what it would have been had each batch's images stayed with its own ranks.
     """
 
     mesh: Mesh
     spread: Spread
     balancer: Balancer | None = None
     imbalance: float = 1.0
+    unbalanced: float = 1.0
 
     @classmethod
     def of(cls, model: nn.Module, plan: Plan, mesh: Mesh, spread: Spread, geometry: Geometry) -> Sharder:
@@ -165,8 +167,9 @@ class Sharder:
         routed: list[Any] = [batch.media if first else None for batch in batches]
         if self.balancer is not None:
             found = self.balancer.route(batches, divisions)
-            routed = [media for media, _ in found]
-            self.imbalance = max(uneven for _, uneven in found)
+            routed = [media for media, _, _ in found]
+            self.imbalance = max(uneven for _, uneven, _ in found)
+            self.unbalanced = max(uneven for _, _, uneven in found)
         tensor = self.mesh.at("tp"), layout.tp
         if whole:
             return [replace(batch, media=media) for batch, media in zip(batches, routed, strict=True)]

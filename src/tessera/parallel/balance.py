@@ -56,6 +56,16 @@ def assign(costs: Sequence[float], ranks: int) -> list[int]:
     return chosen
 
 
+def at_home(costs: Sequence[float], batches: Sequence[int], peers: int) -> list[int]:
+    """Which rank would take each item if the ``peers`` ranks of its batch shared it among themselves."""
+    chosen = [0] * len(costs)
+    for batch in set(batches):
+        mine = [index for index, owner in enumerate(batches) if owner == batch]
+        for index, rank in zip(mine, assign([costs[index] for index in mine], peers), strict=True):
+            chosen[index] = batch * peers + rank
+    return chosen
+
+
 def imbalance(costs: Sequence[float], chosen: Sequence[int], ranks: int) -> float:
     """Largest over mean load; 1.0 is perfect (and the value without any item)."""
     loads = np.bincount(np.asarray(chosen, dtype=np.int64), weights=np.asarray(costs), minlength=ranks)
@@ -75,8 +85,11 @@ class Balancer:
     def axis(self) -> str:
         return "stage" if self.across_data else "model"
 
-    def route(self, batches: Sequence[Batch], divisions: Sequence[Division]) -> list[tuple[Media, float]]:
-        """The media this rank encodes for each (unsharded) microbatch, and how uneven the loads are (max / mean)."""
+    def route(self, batches: Sequence[Batch], divisions: Sequence[Division]) -> list[tuple[Media, float, float]]:
+        """The media this rank encodes for each (unsharded) microbatch, and how uneven the loads are (max / mean).
+
+        The last number is how uneven they would be had every batch's images stayed with the ranks of that batch.
+        """
         mine = [self._items(batch, division) for batch, division in zip(batches, divisions, strict=True)]
         batches = self._as_wide(batches)
         peers = self.mesh.layout.cp * self.mesh.layout.tp
@@ -117,7 +130,7 @@ class Balancer:
         parts = np.split(owners, np.cumsum(counts)[:-1])
         return [Item(0, grid, part) for grid, part in zip(media.sizes, parts, strict=True)]
 
-    def _routed(self, batch: Batch, division: Division, items: list[Item]) -> tuple[Media, float]:
+    def _routed(self, batch: Batch, division: Division, items: list[Item]) -> tuple[Media, float, float]:
         group = self.mesh.group(self.axis)
         ranks, me = group.size(), group.rank()
         peers = self.mesh.layout.cp * self.mesh.layout.tp
@@ -158,7 +171,8 @@ class Balancer:
             minimal=minimal,
             route=route,
         )
-        return moved, imbalance(costs, chosen, ranks)
+        stayed = at_home(costs, [item.batch for item in items], peers)
+        return moved, imbalance(costs, chosen, ranks), imbalance(costs, stayed, ranks)
 
     def _dest(self, media: Media, division: Division, arriving: list[tuple[int, Item]], peer: int) -> Tensor:
         """This rank's rows in the order in which features arrive: by encoder, then by item."""

@@ -5,7 +5,7 @@ full parameters exist only while it runs. Which modules are units is the family'
 gathered is the DeepSpeed stage the user asked for:
 
     zero0  parameters replicated (shards of one), gradients all-reduced: plain data parallelism
-    zero1  optimizer state sharded; parameters stay gathered from forward to backward, gradients synced once a step
+    zero1  optimizer state sharded; parameters are gathered once a step, and gradients reduced once
     zero2  as zero1, but gradients are reduced (hence sharded) after every microbatch
     zero3  parameters are gathered per unit in forward and again in backward
 
@@ -25,6 +25,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from tessera.contract.layout import ParallelLayout
 from tessera.contract.plan import Plan, matches, within
 from tessera.parallel.mesh import Mesh
 
@@ -45,36 +46,71 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # A pipeline's split backward reads parameters between the passes: they have to stay.
     reshard = mesh.layout.zero == 3 and mesh.layout.pp == 1
-    decoder, tower = mesh.sharded("fsdp"), mesh.sharded("stage")
-    vision = (*plan.groups.vit, *plan.groups.aligner)
-    units = {name: module for name, module in model.named_modules() if any(matches(p, name) for p in plan.fsdp_units)}
-    # The tower as a whole is a unit of its own where its ranks are others than the decoder's.
-    apart = mesh.layout.tp > 1
-    held = dict(model.named_modules())
-    outside = [name for name in plan.groups.aligner if not within(plan.groups.vit, name)]
-    units |= {name: held[name] for name in (*plan.groups.vit, *outside) if apart and name in held}
-    # So are experts: ranks of a tensor group send them tokens of their own, and expert ranks hold different ones.
-    stacks = {name: module for name, module in held.items() if any(matches(p, name) for p in plan.experts)}
-    experts = mesh.sharded("edp" if mesh.layout.ep > 1 else "stage")
-    units |= stacks if apart or mesh.layout.ep > 1 else {}
-    for name in sorted(units, key=lambda name: -name.count(".")):  # the inner ones first
-        where = experts if name in stacks else tower if within(vision, name) else decoder
-        fully_shard(units[name], mesh=where, reshard_after_forward=reshard, mp_policy=policy)
+    found = units(model, plan, mesh.layout)
+    for name in sorted(found, key=lambda name: -name.count(".")):  # the inner ones first
+        fully_shard(
+            model.get_submodule(name),
+            mesh=mesh.sharded(found[name]),
+            reshard_after_forward=reshard,
+            mp_policy=policy,
+        )
     for root in roots or (model,):
-        fully_shard(root, mesh=decoder, reshard_after_forward=False, mp_policy=policy)
+        fully_shard(root, mesh=mesh.sharded("fsdp"), reshard_after_forward=False, mp_policy=policy)
         for module in root.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+    for name in passed_by(model, plan, found):
+        # Backward would fetch them ahead of time, for nobody.
+        cast(FSDPModule, model.get_submodule(name)).set_unshard_in_backward(False)
 
 
-def set_gradient_sync(model: nn.Module, mesh: Mesh, enabled: bool) -> None:
-    """Whether the next backward reduces gradients over ranks; nothing to do on a single process."""
+def units(model: nn.Module, plan: Plan, layout: ParallelLayout) -> dict[str, str]:
+    """The modules of ``model`` that are gathered as one, below the root, and the axis their parameters lie over."""
+    vision = (*plan.groups.vit, *plan.groups.aligner)
+    held = [name for name, _ in model.named_modules()]
+    found = {name for name in held if any(matches(pattern, name) for pattern in plan.fsdp_units)}
+    # The tower as a whole is a unit of its own where its ranks are others than the decoder's.
+    apart = layout.tp > 1
+    outside = [name for name in plan.groups.aligner if not within(plan.groups.vit, name)]
+    found |= {name for name in (*plan.groups.vit, *outside) if apart and name in held}
+    # So are experts: ranks of a tensor group send them tokens of their own, and expert ranks hold different ones.
+    stacks = {name for name in held if any(matches(pattern, name) for pattern in plan.experts)}
+    found |= stacks if apart or layout.ep > 1 else set()
+    experts = "edp" if layout.ep > 1 else "stage"
+    axes = {name: experts if name in stacks else "stage" if within(vision, name) else "fsdp" for name in found}
+    return {name: axes[name] for name in held if name in axes}
+
+
+def passed_by(model: nn.Module, plan: Plan, names: Iterable[str]) -> list[str]:
+    """Those of the units ``names`` that no backward pass runs through: nothing in or before them is trained.
+
+    What sees comes before what reads, and parameters are listed in the order in which they are used.
+    """
+    vision = (*plan.groups.vit, *plan.groups.aligner)
+    ordered = sorted(model.named_parameters(), key=lambda item: not within(vision, item[0]))
+    first = next((index for index, (_, p) in enumerate(ordered) if p.requires_grad), len(ordered))
+    before = [name for name, _ in ordered[:first]]
+    after = [name for name, _ in ordered[first:]]
+    return [
+        unit for unit in names if any(within([unit], n) for n in before) and not any(within([unit], n) for n in after)
+    ]
+
+
+def set_gradient_sync(model: nn.Module, mesh: Mesh, enabled: bool, *, last: bool) -> None:
+    """Whether the next backward reduces gradients over ranks, and whether it is the ``last`` of the step.
+
+    Parameters change between steps only: what stays gathered from forward to backward (below ``zero3``) stays so until
+    the last backward, and replicas add up their gradients once. Nothing to do on a single process.
+    """
     if mesh.grid is None:
         return
     from torch.distributed.fsdp import FSDPModule
 
-    cast(FSDPModule, model).set_requires_gradient_sync(enabled)
+    root = cast(FSDPModule, model)
+    root.set_requires_gradient_sync(enabled)
+    root.set_requires_all_reduce(last)
+    root.set_reshard_after_backward(last or mesh.layout.zero == 3)
 
 
 def full(tensor: Tensor, mesh: Mesh) -> Tensor:

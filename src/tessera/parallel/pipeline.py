@@ -124,8 +124,9 @@ class Pipeline:
     def evaluate(self, batches: Sequence[Batch], objective: Objective, dtype: torch.dtype) -> list[LossSum]:
         """Forward of all microbatches; their sums on the last stage, nothing on the others."""
         self._give(batches, objective, 1.0, dtype, lambda batch: None)
-        # The schedules want a microbatch per stage and, interleaved, multiples of that: the last one fills up.
-        count = -(-len(batches) // self.count) * self.count
+        # The schedules want a microbatch per rank and, interleaved, multiples of that: the last one fills up.
+        pp = self.mesh.layout.pp
+        count = -(-len(batches) // pp) * pp
         schedule = self._schedule(count, batches[0].num_tokens, dtype, backward=False)
         index = torch.arange(count).clamp(max=len(batches) - 1)
         with _quiet():
@@ -162,9 +163,9 @@ class Pipeline:
 
     def _made(self, count: int, rows: int, dtype: torch.dtype) -> Any:
         pp = self.mesh.layout.pp
-        if count < self.count:
+        if count < pp:
             raise UserError(
-                f"--gradient_accumulation_steps: a pipeline of {self.count} stages needs as many microbatches in "
+                f"--gradient_accumulation_steps: a pipeline of {pp} ranks needs as many microbatches in "
                 f"a step to be filled, and there are {count}"
             )
         if count % pp and self.kind != "1f1b":

@@ -107,6 +107,12 @@ def in_experts(plan: Plan, name: str) -> bool:
     return any(matches(pattern, ".".join(parts[: pattern.count(".") + 1])) for pattern in plan.experts)
 
 
+def split_dim(plan: Plan, name: str, leaf: str) -> int | None:
+    """The dimension along which tensor ranks split parameter ``leaf`` of module ``name``; None if each has it whole."""
+    placement = _placement(plan, name, leaf)
+    return placement.dim if isinstance(placement, Shard) else None
+
+
 def _styles(plan: Plan, name: str) -> Iterator[tuple[str, str]]:
     """(style, rest of the name below the matching module) of the plan rows that fit a module or an ancestor."""
     parts = name.split(".")

@@ -87,7 +87,7 @@ class Engine:
         metrics: dict[str, torch.Tensor] = {}
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            fsdp.set_gradient_sync(self.model, self.mesh, last or self.sync_every_microbatch)
+            fsdp.set_gradient_sync(self.model, self.mesh, last or self.sync_every_microbatch, last=last)
             loss = self.forward(batch, self.watch(batch))
             self.heart.enter("backward")
             (loss.total / weight).backward()

@@ -28,6 +28,7 @@ from tessera.checkpoint.store import TRAINER_STATE, write_json
 from tessera.config.errors import UserError
 from tessera.data.loader import Loader, Step
 from tessera.observe.metrics import RunLog
+from tessera.parallel.apply import Sharder
 from tessera.train.optim import Optimizers
 from tessera.train.step import Engine, StepResult, evaluate_loss, train_step
 
@@ -192,6 +193,10 @@ class Trainer:
         values |= {name: float(f"{value:.6g}") for name, value in result.routers.items()}
         if self.loader.packing:
             values["pack_efficiency"] = round(self.loader.efficiency, 4)
+        sharder = self.engine.sharder
+        if isinstance(sharder, Sharder) and sharder.balancer is not None:
+            values["tower_imbalance"] = round(sharder.imbalance, 4)
+            values["tower_imbalance_without"] = round(sharder.unbalanced, 4)
         values |= {f"lr_{name}": rate for name, rate in rates.items() if rate != values["learning_rate"]}
         if self.progress.bad_steps:
             values["skipped_steps"] = self.progress.bad_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -15,8 +16,10 @@ sys.path.insert(0, str(ROOT))
 from bench import contestants, harness, rows  # noqa: E402
 from bench.harness import Contestant, Line, Trace  # noqa: E402
 
+SCRIPTS = ["train_step", "startup", "data", "memory", "bare", "communication", "context", "mfu", "pipeline", "tower"]
 
-@pytest.mark.parametrize("script", ["train_step", "startup", "data", "memory", "bare"])
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script: str) -> None:
     done = subprocess.run([sys.executable, ROOT / "bench" / f"{script}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -54,6 +57,32 @@ def test_stop_after_ends_an_endless_process() -> None:
 def test_a_failing_contestant_is_an_error() -> None:
     with pytest.raises(harness.BenchError, match="boom"):
         harness.run(Contestant("x", lambda out: [sys.executable, "-c", "raise SystemExit('boom')"]), 1, 60)
+
+
+def test_mfu_without_a_gpu_is_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "mfu.py"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no NVIDIA GPU" in done.stderr
+
+
+@pytest.mark.slow
+def test_mfu_runs_on_a_cpu() -> None:
+    command = ["bench/mfu.py", "--size", "tiny", "--device", "cpu", "--steps", "3", "--skip", "1", "--compile", "no"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tessera ") == 2 and done.stdout.count("Trainer ") == 2
+
+
+@pytest.mark.parametrize(("kind", "chunks", "share"), [("1f1b", 1, 3 / 7), ("interleaved", 2, 3 / 11)])
+def test_idle_share_of_a_schedule_without_messages(kind: str, chunks: int, share: float) -> None:
+    from bench.pipeline import formula, idle
+
+    assert formula(kind, 4, chunks, 4) == share
+    assert idle([[(0.0, 1.0), (2.0, 3.0)], [(1.0, 2.0), (3.0, 4.0)]]) == 0.5
 
 
 def test_line_ratio_and_target() -> None:

@@ -34,7 +34,8 @@ def test_step_line_has_the_documented_keys_in_order(tmp_path: Path, capsys: pyte
     log = RunLog(tmp_path, max_steps=9)
     log.step(
         {"pack_efficiency": 0.97, "loss": 11.89761353, "grad_norm": 2.1, "learning_rate": 1e-9, "token_acc": 0.0}
-        | {"epoch": 0.1, "skipped_rows": 2, "data_wait(%)": 1.5, "tokens/s": 1234.5},
+        | {"epoch": 0.1, "skipped_rows": 2, "data_wait(%)": 1.5, "tokens/s": 1234.5}
+        | {"tower_imbalance_without": 2.0, "tower_imbalance": 1.01},
         1,
     )
     (row,) = rows(tmp_path)
