@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from tessera.config.resolve import resolve
+from tessera.contract.layout import layout_of_run
 from tessera.parallel import fsdp
 from tessera.parallel.mesh import Mesh, world_size
 from tessera.parallel.watchdog import group_timeout
-from tessera.recipes import placement, supervised
+from tessera.recipes import supervised
 from tests.ranks import run_ranks
 from tests.resume.job import assert_identical, make, optimizer, run, start, tensors
 from tests.resume.test_resume import steps_logged, wait_for
@@ -38,7 +39,7 @@ def test_saved_aside_is_saved_waiting(kind: str, tmp_path: Path) -> None:
 def staged_then_changed(argv: list[str], out: str) -> None:
     """Stage, write at once; change everything a step changes, write again from what was staged."""
     settings = resolve([*argv, "--output_dir", out, "--async_save", "true"], {})
-    mesh = Mesh.from_env(placement.layout_of_run(settings, world_size()), timeout_s=group_timeout(60))
+    mesh = Mesh.from_env(layout_of_run(settings, world_size()), timeout_s=group_timeout(60))
     trainer = supervised.build(settings, mesh)
     assert trainer is not None
     for name in ("before", "after"):

@@ -126,6 +126,8 @@ def down(stage: int, frozen: bool) -> int:
     model.requires_grad_(not frozen)
     mesh = Mesh.from_env(layout_of(world_size(), zero=stage), timeout_s=60)
     fsdp.shard(model, Plan(Groups(("",)), ("*",), ()), mesh, compute_dtype=torch.bfloat16)
+    for layer in model:
+        layer.set_unshard_in_backward(True)  # frozen as they are, backward runs through them to x
     x = torch.randn(2, 64, dtype=torch.bfloat16, requires_grad=True)
     store, h = HostStore(2, smallest=1), x * 1
     for position, layer in enumerate(model):
