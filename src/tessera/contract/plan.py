@@ -62,3 +62,8 @@ class Plan:
     experts: tuple[str, ...] = ()
     recompute_modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     layer_loop: bool = True
+
+    def in_experts(self, name: str) -> bool:
+        """Whether the module ``name`` is, or lies in, a stack of experts."""
+        parts = name.split(".")
+        return any(matches(pattern, ".".join(parts[: pattern.count(".") + 1])) for pattern in self.experts)

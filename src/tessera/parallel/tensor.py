@@ -88,23 +88,17 @@ def split(model: nn.Module, plan: Plan, mesh: Mesh) -> None:
     for name, module in model.named_modules():
         for leaf, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             full = f"{name}.{leaf}"
-            if not within(plan.groups.llm, full) or in_experts(plan, name):
+            if not within(plan.groups.llm, full) or plan.in_experts(name):
                 continue
             placement = _placement(plan, name, leaf)
             if id(parameter) not in made:
                 made[id(parameter)] = _spread(parameter, placement, axis, full)
             module.register_parameter(leaf, made[id(parameter)])
-        if isinstance(module, Divisible) and not in_experts(plan, name):
+        if isinstance(module, Divisible) and not plan.in_experts(name):
             module.part = part
             module.bias_share = 1.0 / tp if _style(plan, name) == "row" else 1.0
             if isinstance(module, RowWise) and _row_split(plan, name):
                 module.across = SplitVocabulary(0, axis.get_group()).sum
-
-
-def in_experts(plan: Plan, name: str) -> bool:
-    """Whether a module is, or lies in, a stack of experts."""
-    parts = name.split(".")
-    return any(matches(pattern, ".".join(parts[: pattern.count(".") + 1])) for pattern in plan.experts)
 
 
 def split_dim(plan: Plan, name: str, leaf: str) -> int | None:

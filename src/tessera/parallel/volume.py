@@ -178,7 +178,7 @@ def _unit(model: nn.Module, plan: Plan, layout: ParallelLayout, axis: str, names
         parameter = model.get_parameter(name)
         shape, whole = list(parameter.shape), False
         module, _, leaf = name.rpartition(".")
-        if tensor.in_experts(plan, module):
+        if plan.in_experts(module):
             shape[0] //= layout.ep
         elif layout.tp > 1 and within(plan.groups.llm, name):
             dim = tensor.split_dim(plan, module, leaf)

@@ -27,7 +27,6 @@ from tessera.models.vlm import VLM
 from tessera.observe.cost import Weights
 from tessera.parallel import apply
 from tessera.parallel.mesh import Place
-from tessera.parallel.tensor import in_experts
 from tessera.recipes.placement import spread_of_run, stages_of
 
 
@@ -156,6 +155,6 @@ def share_of(
         if parameter.requires_grad:
             trained, trained_size = trained + parameter.numel(), trained_size + parameter.numel() * each
             trains.add(plan.groups.of(name))
-        pieces = layout.ep if in_experts(plan, name) else layout.tp if within(plan.groups.llm, name) else 1
+        pieces = layout.ep if plan.in_experts(name) else layout.tp if within(plan.groups.llm, name) else 1
         gathered += parameter.numel() * each // pieces
     return Share(holding, Weights(count, size, trained, trained_size), gathered, frozenset(trains))
