@@ -32,7 +32,20 @@ from tessera.weights.files import DTYPES, INDEX, SINGLE, Entry
 from tessera.weights.saving import SIDE_FILES, Saving, bytes_of, copy_side_files, some
 from tessera.weights.shards import held, local, plain
 
-__all__ = ["INDEX", "SIDE_FILES", "SINGLE", "Checkpoint", "LoadReport", "copy_side_files", "load", "place", "save"]
+__all__ = [
+    "INDEX",
+    "SIDE_FILES",
+    "SINGLE",
+    "Checkpoint",
+    "LoadReport",
+    "account",
+    "check_copy",
+    "copy_side_files",
+    "load",
+    "place",
+    "save",
+    "shapes_of",
+]
 
 
 class Checkpoint:
@@ -127,7 +140,7 @@ def load(
     places = _places(module)
     shapes = shapes or shapes_of(module)
     weightmap = weightmap.settled(shapes, {name: entry.shape for name, entry in checkpoint.entries.items()})
-    left_out = _account(shapes, checkpoint, weightmap)
+    left_out = account(shapes, checkpoint, weightmap)
     parameters = 0
     for own_name, (tensor, owners) in places.items():
         name = stored(own_name)
@@ -142,7 +155,7 @@ def load(
             kept = wanted if found.is_floating_point else found
             placed = place(tensor, partial(_read, checkpoint, pieces), kept, torch.device(device))
             for copy in weightmap.copies(name):
-                _check_copy(checkpoint, copy, pieces[0].disk, held(placed))
+                check_copy(checkpoint, copy, pieces[0].disk, held(placed))
         parameters += tensor.numel()
         if placed is not tensor:
             _register(placed, tensor, owners)
@@ -237,7 +250,7 @@ def _places(module: nn.Module) -> dict[str, tuple[Tensor, list[tuple[nn.Module, 
     return places
 
 
-def _account(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, weightmap: WeightMap) -> tuple[str, ...]:
+def account(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, weightmap: WeightMap) -> tuple[str, ...]:
     """UserError unless model and checkpoint hold the same tensors; disk names that the weight map leaves out."""
     needed = {
         piece.disk: piece.shape(shape) for name, shape in shapes.items() for piece in weightmap.pieces(name, shape)
@@ -260,7 +273,7 @@ def _account(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, weig
     return left_out
 
 
-def _check_copy(checkpoint: Checkpoint, copy: str, original: str, part: Part, rows: int = 8192) -> None:
+def check_copy(checkpoint: Checkpoint, copy: str, original: str, part: Part, rows: int = 8192) -> None:
     """UserError unless two matrices that the model ties, if both are on disk, are equal within ``part``."""
     one, two = checkpoint.entries.get(copy), checkpoint.entries[original]
     if one is None:
