@@ -51,6 +51,7 @@ LAYOUT = "hf_layout.json"
 class Options:
     """What is written: ``format`` torch_dist or torch; ``stacked`` None: as the dialect's own jobs would.
 
+    ``local``: under the names of Megatron's own modules, not Transformer Engine's.
     The vocabulary has ``padded_vocab_size`` rows, or the next multiple of ``vocab_divisor`` times ``ranks.tp``; of
     neither, the model's own. ``iteration`` None is a release. ``dtype`` overrides the type of floating tensors.
     """
@@ -63,6 +64,7 @@ class Options:
     vocab_divisor: int | None = None
     iteration: int | None = 1
     dtype: torch.dtype | None = None
+    local: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +171,11 @@ def write(
             stacked = _stacks(table, options)
             if not stacked:
                 common["content_metadata"] = {"non_homogeneous_layers": True}
-            plan = torch_dist_writer.plan(table, dtypes, ranks, stacked=stacked)
+            plan = torch_dist_writer.plan(table, dtypes, ranks, stacked=stacked, local=options.local)
             torch_dist_writer.write(aside, plan, values, reader, common)
         else:
             del common["content_metadata"]
-            legacy.write(aside, table, dtypes, ranks, values, reader, common)
+            legacy.write(aside, table, dtypes, ranks, values, reader, common, local=options.local)
     aside.rename(final)
     _write_text(root / TRACKER, "release" if options.iteration is None else str(options.iteration))
 
@@ -371,7 +373,7 @@ def _common(table: Table, dtypes: Mapping[str, torch.dtype], options: Options, c
         num_experts=moe.experts if moe else None, moe_router_topk=moe.top_k if moe else 2,
         moe_ffn_hidden_size=moe.inner if moe else None,
         world_size=max(ranks.tp, ranks.expert_tp * ranks.ep) * ranks.pp, data_parallel_size=1,
-        iteration=options.iteration or 0, ckpt_format=options.format, transformer_impl="transformer_engine",
+        iteration=options.iteration or 0, ckpt_format=options.format, transformer_impl="local" if options.local else "transformer_engine",
         no_save_optim=True, no_save_rng=True, consumed_train_samples=0, consumed_valid_samples=0,
         skipped_train_samples=0,
     )  # fmt: skip

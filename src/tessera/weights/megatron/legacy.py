@@ -25,6 +25,7 @@ import torch
 from tessera.config.errors import UserError
 from tessera.weights.megatron import archive
 from tessera.weights.megatron.assembled import Found, fitting
+from tessera.weights.megatron.names import local_spelling
 from tessera.weights.megatron.ranks import Ranks, shard
 from tessera.weights.megatron.stored import Reader, Stored
 from tessera.weights.megatron.table import Row, Table
@@ -277,20 +278,24 @@ def write(
     values: Mapping[str, Tiling],
     reader: Reader,
     common: Mapping[str, Any],
+    *,
+    local: bool = False,
 ) -> None:
-    """Write every rank's file into the existing, empty directory ``folder``; OSError if the disk refuses."""
-    ranks.check(table)
+    """Write every rank's file into the existing, empty directory ``folder``; OSError if the disk refuses.
+
+    ``local``: under the names of Megatron's own modules, not Transformer Engine's, with experts run one by one.
+    """
     for pp in range(ranks.pp):
         for tp in range(ranks.tp):
             for ep in range(ranks.ep):
                 made: dict[archive.Blank, Tiling] = {}
                 model: dict[str, Any] = {}
-                for name, tiling in _held(table, ranks, tp, pp, ep):
+                for name, tiling in _held(table, ranks, (tp, pp, ep), local):
                     blank = archive.Blank(dtypes[tiling.tiles[0].source], tiling.shape)
                     made[blank] = tiling
                     model[name] = blank
                     module = name.rpartition(".")[0]
-                    if module.rpartition(".")[2] in EXTRA and not name.startswith("visual."):
+                    if not local and module.rpartition(".")[2] in EXTRA and not name.startswith("visual."):
                         model[f"{module}._extra_state"] = None
                 _write_rank(folder / _folder(ranks, tp, pp, ep), {**common, "model": model}, made, values, reader)
 
@@ -321,8 +326,9 @@ def _folder(ranks: Ranks, tp: int, pp: int, ep: int) -> str:
     return "_".join(parts)
 
 
-def _held(table: Table, ranks: Ranks, tp: int, pp: int, ep: int) -> Iterator[tuple[str, Tiling]]:
+def _held(table: Table, ranks: Ranks, rank: tuple[int, int, int], local_modules: bool) -> Iterator[tuple[str, Tiling]]:
     """What a rank holds: its names, and its shards in terms of canonical tensors."""
+    tp, pp, ep = rank
     layers = ranks.layers(table.layers)[pp]
     for name, row in table.rows.items():
         if ranks.stage_of(row, table) != pp:
@@ -331,13 +337,17 @@ def _held(table: Table, ranks: Ranks, tp: int, pp: int, ep: int) -> Iterator[tup
         found = LAYER.fullmatch(name)
         if found is not None and row.layer is not None:
             local = f"{found[1]}{row.layer - layers.start}.{found[3]}"
+        if local_modules:
+            local = local_spelling(local, sparse=False, sharded=False)
         mine = shard(name, row, ranks, tp, ep)
         if not row.split.experts:
             yield local, mine
             continue
+        stem, leaf = local.split(".experts.experts.")
         for expert in range(mine.shape[0]):
             tiles = (Tile(t.source, (_one(t.inside[0], expert), *t.inside[1:]), t.where[1:]) for t in mine.tiles)
-            yield f"{local.replace('.experts.experts.', '.experts.')}{expert}", Tiling(mine.shape[1:], tuple(tiles))
+            alone, grouped = f"{stem}.experts.local_experts.{expert}.{leaf}", f"{stem}.experts.{leaf}{expert}"
+            yield alone if local_modules else grouped, Tiling(mine.shape[1:], tuple(tiles))
     if table.tied and ranks.pp > 1 and pp == ranks.pp - 1:
         yield table.head, shard(table.embedding, table.rows[table.embedding], ranks, tp, ep)
 

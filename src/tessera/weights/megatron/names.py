@@ -90,6 +90,19 @@ def _sparse(to: Builder, ours: str, theirs: str, layer: int) -> None:
         add_gated(to, f"{own}shared_experts.", f"{their}shared_experts.", bias=False, layer=layer)
 
 
+def local_spelling(name: str, *, sparse: bool, sharded: bool) -> str:
+    """What Megatron's own modules, rather than Transformer Engine's, call the canonical tensor ``name``.
+
+    In a ``sharded`` checkpoint only the norm of a ``sparse`` layer differs; rank by rank, all norms are modules.
+    """
+    if sharded:
+        return (
+            re.sub(r"\.pre_mlp_layernorm\.(weight|bias)$", r".mlp.linear_fc1.layer_norm_\1", name) if sparse else name
+        )
+    name = re.sub(r"\.self_attention\.linear_qkv\.layer_norm_(weight|bias)$", r".input_layernorm.\1", name)
+    return re.sub(r"\.mlp\.linear_fc1\.layer_norm_(weight|bias)$", r".pre_mlp_layernorm.\1", name)
+
+
 def spellings(name: str) -> tuple[str, ...]:
     """Other names under which checkpoints hold the canonical tensor ``name``, most likely first.
 

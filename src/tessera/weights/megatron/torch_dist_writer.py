@@ -26,6 +26,7 @@ import torch
 from tessera.contract.shards import whole
 from tessera.weights.files import write_all
 from tessera.weights.megatron import archive
+from tessera.weights.megatron.names import local_spelling
 from tessera.weights.megatron.ranks import Ranks, shard
 from tessera.weights.megatron.stored import Reader
 from tessera.weights.megatron.table import Row, Table
@@ -58,9 +59,11 @@ class Plan:
     extras: Mapping[str, int]
 
 
-def plan(table: Table, dtypes: Mapping[str, torch.dtype], ranks: Ranks, *, stacked: bool) -> Plan:
-    """What ``ranks`` would write; ``stacked``: blocks of equal layers as one tensor each."""
-    ranks.check(table)
+def plan(table: Table, dtypes: Mapping[str, torch.dtype], ranks: Ranks, *, stacked: bool, local: bool = False) -> Plan:
+    """What ``ranks`` would write; ``stacked``: blocks of equal layers as one tensor each.
+
+    ``local``: under the names of Megatron's own modules.
+    """
     counts = _stackable(table, dtypes) if stacked else {}
     size = max(ranks.tp, ranks.expert_tp * ranks.ep)
     chunks: list[Planned] = []
@@ -69,7 +72,8 @@ def plan(table: Table, dtypes: Mapping[str, torch.dtype], ranks: Ranks, *, stack
     extras: dict[str, int] = {}
     for name, row in table.rows.items():
         first = ranks.stage_of(row, table) * size
-        disk, layer, count = _on_disk(name, counts)
+        sparse = table.decoder.moe is not None and row.layer in table.decoder.moe.layers
+        disk, layer, count = _on_disk(local_spelling(name, sparse=sparse, sharded=True) if local else name, counts)
         lead = () if layer is None else (layer,)
         shapes[disk] = (*((count,) if lead else ()), *row.shape)
         types[disk] = dtypes[name]
