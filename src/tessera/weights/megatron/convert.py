@@ -358,6 +358,7 @@ def _common(table: Table, dtypes: Mapping[str, torch.dtype], options: Options, c
     decoder, ranks, moe = table.decoder, options.ranks, table.decoder.moe
     dtype = dtypes[table.embedding]
     text = {**config, **config.get("text_config", {})}
+    implementation = "local" if options.local else "transformer_engine"
     args = Namespace(
         num_layers=decoder.layers, hidden_size=decoder.hidden, ffn_hidden_size=decoder.inner,
         num_attention_heads=decoder.heads, num_query_groups=decoder.kv_heads, kv_channels=decoder.head_dim,
@@ -373,9 +374,9 @@ def _common(table: Table, dtypes: Mapping[str, torch.dtype], options: Options, c
         num_experts=moe.experts if moe else None, moe_router_topk=moe.top_k if moe else 2,
         moe_ffn_hidden_size=moe.inner if moe else None,
         world_size=max(ranks.tp, ranks.expert_tp * ranks.ep) * ranks.pp, data_parallel_size=1,
-        iteration=options.iteration or 0, ckpt_format=options.format, transformer_impl="local" if options.local else "transformer_engine",
-        no_save_optim=True, no_save_rng=True, consumed_train_samples=0, consumed_valid_samples=0,
-        skipped_train_samples=0,
+        iteration=options.iteration or 0, ckpt_format=options.format, transformer_impl=implementation,
+        no_save_optim=True, no_save_rng=True,
+        consumed_train_samples=0, consumed_valid_samples=0, skipped_train_samples=0,
     )  # fmt: skip
     return {"args": args, "checkpoint_version": 3.0, "iteration": options.iteration or 0, "content_metadata": {}}
 
