@@ -112,6 +112,7 @@ def test_rules_can_fail(rule: Check, path: str, snippet: str) -> None:
         (checks.no_process_groups, "parallel/a.py", "import torch.distributed as dist\n"),
         (checks.typed_and_documented, "a.py", GOOD + "def _f(x): ...\n"),
         (checks.family_names(["qwen"]), "models/families/a.py", "qwen\n"),
+        (checks.family_names(["qwen"]), "config/scripts/a.py", "run_qwen.sh\n"),
         (checks.family_names(["llama"], ["llama3"]), "models/a.py", "llama3\n"),
     ],
 )

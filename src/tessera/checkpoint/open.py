@@ -21,6 +21,7 @@ from torch import nn
 
 from tessera.config.errors import UserError
 from tessera.config.run import ModelArgs
+from tessera.config.sources import is_mcore
 from tessera.contract.model import Family, Geometry, dtype_of
 from tessera.contract.plan import Plan
 from tessera.contract.weightmap import WeightMap
@@ -98,6 +99,8 @@ def describe(args: ModelArgs) -> Source:
     if not args.model:
         raise UserError("--model is missing: give a model directory or a Hugging Face repository id", exit_code=2)
     path = locate(args.model)
+    if is_mcore(path):
+        return describe_mcore(path, args)
     config = read_json(path / "config.json", required=True)
     preprocessor = read_json(path / "preprocessor_config.json")
     preprocessor = preprocessor or read_json(path / "processor_config.json").get("image_processor", {})
@@ -109,6 +112,16 @@ def describe(args: ModelArgs) -> Source:
     checkpoint = Checkpoint(path)
     weightmap = family.weightmap(config, list(checkpoint.names))
     return Source(path, config, preprocessor, family, geometry, family.plan(config), checkpoint, weightmap)
+
+
+def describe_mcore(path: Path, args: ModelArgs) -> Source:
+    """The same for a Megatron checkpoint, whose config and tokenizer lie beside it or in ``--hf_dir``."""
+    settings = locate(args.hf_dir) if args.hf_dir else path
+    if not (settings / "config.json").is_file():
+        raise UserError(
+            f"--model {path}: a Megatron checkpoint without config.json; add --hf_dir DIR, a directory with it"
+        )
+    raise UserError(f"--model {path}: Megatron checkpoints are not readable yet; convert it, or use the original model")
 
 
 def compute_dtype(source: Source, asked: str | None, device: torch.device) -> torch.dtype:

@@ -45,6 +45,8 @@ def main(run: Run, *, endpoint: str | None = None) -> Path:
 
     ``endpoint`` names another hub than the public one.
     """
+    if run.convert.asked:
+        raise UserError(f"conversion is not connected yet: {run.convert.describe()} -> {run.save.output_dir}")
     directory = _unchanged(run)
     if directory is None:
         directory = write(run)

@@ -75,6 +75,8 @@ class Place:
 
 def main(run: Run) -> Path | None:
     """Train as ``run`` says; returns the last checkpoint (None for a dry run). Raises UserError, SystemExit(128+n)."""
+    if run.save.save_format == "mcore":
+        raise UserError("--save_format mcore: writing Megatron checkpoints is not connected yet; use --save_format hf")
     mesh = mesh_of(run)
     trainer = build(run, mesh)
     if trainer is None:
@@ -248,14 +250,17 @@ def train_loader(run: Run, corpus: Corpus, mesh: Mesh) -> Loader:
         epochs=run.train.num_train_epochs,
         max_steps=run.train.max_steps if run.train.max_steps > 0 else None,
         pin_memory=mesh.device.type == "cuda",
+        drop_last=run.data.dataloader_drop_last,
     )
 
 
 def val_loader(run: Run, corpus: Corpus, mesh: Mesh) -> Loader:
     """Every validation row once, over all ranks."""
+    rows = run.train.eval_iters * run.train.global_batch_size
     return eval_loader(
         corpus,
         units_per_batch=run.train.per_device_eval_batch_size,
+        most=rows if rows > 0 else None,
         packing=run.data.packing,
         capacity=run.data.packing_length or run.data.max_length,
         rank=mesh.data_rank,
@@ -265,10 +270,14 @@ def val_loader(run: Run, corpus: Corpus, mesh: Mesh) -> Loader:
 
 
 def schedule_of(run: Run, max_steps: int) -> Schedule:
-    """The learning-rate schedule over ``max_steps``."""
-    warm = warmup_steps(max_steps, ratio=run.train.warmup_ratio, steps=run.train.warmup_steps)
-    floor = run.train.min_lr / run.train.learning_rate if run.train.learning_rate else 0.0
-    return Schedule(run.train.lr_scheduler_type, max_steps, warm, min(1.0, floor), run.train.wsd_decay_ratio)
+    """The learning-rate schedule of a run of ``max_steps``."""
+    args = run.train
+    end = max_steps if args.lr_decay_iters is None else args.lr_decay_iters
+    warm: float = warmup_steps(max_steps, ratio=args.warmup_ratio, steps=args.warmup_steps)
+    if args.lr_warmup_fraction is not None:
+        warm = args.lr_warmup_fraction * end
+    floor = args.min_lr / args.learning_rate if args.learning_rate else 0.0
+    return Schedule(args.lr_scheduler_type, end, warm, min(1.0, floor), args.wsd_decay_ratio)
 
 
 def resume(checkpoint: Path, engine: Engine, optimizers: Optimizers, loader: Loader, store: Store) -> Progress:
@@ -300,6 +309,20 @@ def engine_of(run: Run, placed: placement.Placed, source: door.Source, mesh: Mes
         sharder=Sharder.of(model, source.plan, mesh, placement.spread_of_run(run), source.geometry),
         pipeline=placed.pipeline,
         routers=placement.routers_of(run, model),
+    )
+
+
+def log_of(run: Run, run_dir: Path, max_steps: int, resumed_step: int, mesh: Mesh) -> RunLog:
+    """The log of the run, which goes on behind ``resumed_step``."""
+    return RunLog(
+        run_dir,
+        max_steps=max_steps,
+        report_to=run.log.report_to,
+        is_main=mesh.is_main,
+        resumed_step=resumed_step,
+        run_name=run.log.run_name,
+        project=run.log.wandb_project,
+        events_dir=run.log.tensorboard_dir,
     )
 
 
@@ -338,14 +361,7 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
         progress = resume(place.resume, engine, optimizers, loader, store)
     if mesh.is_main:
         write_json(place.run_dir / ARGS_FILE, run.to_json())
-    log = RunLog(
-        place.run_dir,
-        max_steps=loader.total_steps,
-        report_to=run.log.report_to,
-        is_main=mesh.is_main,
-        resumed_step=progress.step,
-        run_name=run.log.run_name,
-    )
+    log = log_of(run, place.run_dir, loader.total_steps, progress.step, mesh)
     facts = screen.facts(run, source, model, groups, loader, val, place.run_dir, mesh, dtype.itemsize)
     if mesh.is_main:
         facts.save(place.run_dir)
