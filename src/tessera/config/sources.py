@@ -14,6 +14,7 @@ PEFT's format. A *Megatron* (mcore) directory has numbered iterations and a file
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -142,5 +143,9 @@ class Sources:
                 f"{self.label('mcore_adapters')} {adapter}: no args.json names its base model; add --mcore_model DIR "
                 "or --model DIR"
             )
-        name = "mcore_model" if is_mcore(Path(base)) else "model"
-        self.values[name], self.provenance[name] = str(base), "args.json"
+        if not is_mcore(Path(base)):
+            self.values["model"], self.provenance["model"] = str(base), "args.json"
+            return
+        self.values["mcore_model"], self.provenance["mcore_model"] = os.path.abspath(base), "args.json"
+        if "hf_dir" not in self.values and stored.get("model") and not (Path(base) / "config.json").is_file():
+            self.values["hf_dir"], self.provenance["hf_dir"] = str(stored["model"]), "args.json"
