@@ -88,7 +88,7 @@ LAYOUTS: list[tuple[int, dict[str, int], dict[str, Any]]] = [
 ]
 EXPERTS: list[tuple[int, dict[str, int], dict[str, Any]]] = [
     (2, {"ep": 2}, {}),
-    (2, {"ep": 2}, {"per_batch": 4}),
+    (2, {"ep": 2}, {"per_batch": 2}),
     (4, {"ep": 2, "tp": 2}, {}),
     (4, {"ep": 4, "tp": 2}, {}),
     (4, {"ep": 2, "cp": 2}, {}),

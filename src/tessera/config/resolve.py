@@ -395,6 +395,8 @@ def _check(verb: str, values: Mapping[str, Any]) -> None:
         raise usage_error("--push_to_hub true needs --hub_model_id namespace/name")
     if values["merge_lora"] and not (values["adapters"] or values["mcore_adapters"]):
         raise usage_error("--merge_lora true needs --adapters DIR")
+    if values["task"] is not None:
+        _check_task(values)
     if values["nnodes"] > 1 and not values["master_addr"]:
         raise usage_error(f"NNODES={values['nnodes']} needs MASTER_ADDR, the address of the first machine")
     if values["node_rank"] >= values["nnodes"]:
@@ -402,6 +404,20 @@ def _check(verb: str, values: Mapping[str, Any]) -> None:
     if values["packing_length"] and values["max_length"] and values["packing_length"] < values["max_length"]:
         raise usage_error(
             f"--packing_length {values['packing_length']} cannot hold rows of --max_length {values['max_length']}"
+        )
+
+
+def _check_task(values: Mapping[str, Any]) -> None:
+    """What a benchmark's questions need, and what they exclude."""
+    for name in ("input_image_path", "output_path"):
+        if not values[name]:
+            raise usage_error(f"--task {values['task']} needs --{name}")
+    for name in ("dataset", "val_dataset", "result_path"):
+        if values[name]:
+            raise usage_error(f"--task {values['task']} brings its own rows; leave --{name} out")
+    if values["num_partitions"] and values["partition_id"] >= values["num_partitions"]:
+        raise usage_error(
+            f"--partition_id {values['partition_id']}: expected less than --num_partitions {values['num_partitions']}"
         )
 
 

@@ -234,6 +234,13 @@ class InferArgs:
     max_batch_size: int
     result_path: str | None
     val_dataset_sample: int | None
+    task: str | None
+    input_image_path: str | None
+    gt_path: str | None
+    output_path: str | None
+    num_partitions: int
+    partition_id: int
+    num_samples_per_partition: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

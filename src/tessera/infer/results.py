@@ -116,12 +116,16 @@ class Results:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one result row."""
-        assert self._file is not None
-        self._file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        self._file.flush()
-        self.rows += 1
+        self.put(row)
         if row["labels"] is not None:
             self.hits.append(matches(row["response"], row["labels"]))
+
+    def put(self, line: Mapping[str, Any]) -> None:
+        """Append ``line`` as it is, and count it as one answered row."""
+        assert self._file is not None
+        self._file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+        self._file.flush()
+        self.rows += 1
 
     @property
     def exact_match(self) -> float | None:

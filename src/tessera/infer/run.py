@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,9 +34,13 @@ from tessera.data.sample import BadRow
 from tessera.infer.chat import Chat
 from tessera.infer.results import RULE, Results, result_file, result_row, shown, summary
 from tessera.infer.session import Question, Reply, Session
+from tessera.infer.tasks import TaskResults, TaskRows, output_file
 
 WINDOW = 4
 """Batches that are sorted by length together."""
+
+TASK_TOKENS = 128
+"""Most tokens of an answer to a benchmark's question, if nothing else is asked for."""
 
 
 def main(run: Run, *, source: TextIO | None = None, sink: TextIO | None = None) -> Path | None:
@@ -45,6 +49,8 @@ def main(run: Run, *, source: TextIO | None = None, sink: TextIO | None = None) 
     ``source`` and ``sink`` default to the console.
     """
     source, sink = source or sys.stdin, sink or sys.stdout
+    if run.infer.task is not None:
+        return answer_task(run, sink)
     over_rows = bool(run.data.dataset or run.data.val_dataset)
     if run.data.load_data_args and not over_rows:
         raise UserError(
@@ -58,9 +64,7 @@ def main(run: Run, *, source: TextIO | None = None, sink: TextIO | None = None) 
         total = sum(len(indices) for _, indices in chosen)
         sink.write(f"would answer {total} rows into {path}\n" if path else "would start a conversation\n")
         return path
-    session = Session.open(run)
-    for note in session.notes:
-        sink.write(f"note: {note}\n")
+    session = _session(run, sink)
     if path is None:
         types, stream = source.isatty(), run.infer.stream is not False
         Chat(_Turn(session, count(run.train.seed)), source, sink, stream=stream, types=types).run()
@@ -70,6 +74,38 @@ def main(run: Run, *, source: TextIO | None = None, sink: TextIO | None = None) 
     sink.write(f"{closing}\nresults in {path}\n")
     sink.flush()
     return path
+
+
+def answer_task(run: Run, sink: TextIO) -> Path:
+    """Answer the questions of a benchmark; the file of answers."""
+    asked = run.infer
+    assert asked.task is not None and asked.input_image_path and asked.output_path, "checked by config.resolve"
+    images, truths = (
+        Path(asked.input_image_path).expanduser(),
+        Path(asked.gt_path).expanduser() if asked.gt_path else None,
+    )
+    part, parts = asked.partition_id, asked.num_partitions
+    rows = TaskRows(asked.task, images, truths, part=part, parts=parts, size=asked.num_samples_per_partition)
+    path = output_file(asked.output_path, asked.task, 0, part)
+    if path.exists():
+        raise UserError(f"--output_path: {path} exists already; answers are never overwritten, choose a new name")
+    if run.dry_run:
+        sink.write(f"would answer {len(rows)} questions into {path}\n")
+        return path
+    run = replace(run, infer=replace(asked, max_new_tokens=asked.max_new_tokens or TASK_TOKENS))
+    session = _session(run, sink)
+    with TaskResults(path, rows) as results:
+        closing = answer_rows(session, [(rows, np.arange(len(rows)))], results, sink, run)
+    sink.write(f"{closing}\nanswers in {path}\n")
+    sink.flush()
+    return path
+
+
+def _session(run: Run, sink: TextIO) -> Session:
+    session = Session.open(run)
+    for note in session.notes:
+        sink.write(f"note: {note}\n")
+    return session
 
 
 def rows_of(data: DataArgs) -> list[Chosen]:
