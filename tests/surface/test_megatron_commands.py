@@ -340,6 +340,17 @@ def test_recipes_of_megatron_lm(name: str, expected: dict[str, Any], tmp_path: P
     assert not any("twice" in note for note in small.notes)
 
 
+def test_text_generation_of_megatron_lm(tmp_path: Path) -> None:
+    run = parse(
+        "megatron examples/multimodal/nvlm/run_text_generation_yi_34b_internvit_6b.sh --input-image-path /mnt/images"
+        " --output-path /mnt/out --model-path org/name --gt-path /mnt/gt.json --task TextVQA",
+        tmp_path,
+    )
+    found = (run.verb, run.model.model, run.infer.task, run.infer.temperature, run.infer.max_new_tokens)
+    assert found == ("infer", "org/name", "TextVQA", 0.0, 16)
+    assert (run.infer.gt_path, run.infer.output_path) == (f"{tmp_path}/gt.json", f"{tmp_path}/out")
+
+
 @pytest.mark.parametrize("name", scripts.NAMES)
 def test_scripts_explain_themselves(name: str) -> None:
     text = scripts.described(["megatron", f"some/where/{name}.sh"])

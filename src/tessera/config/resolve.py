@@ -230,7 +230,8 @@ def _from_args_json(draft: _Draft) -> None:
             if base:
                 draft.offer(BY_NAME["model"], base, "args.json", f"{config}: base_model_name_or_path")
     if draft.provenance.get("model") == "args.json":
-        draft.values["model"] = _local(f"--adapters {adapters[0]}: its base model", draft.values["model"])
+        named = f"--adapters {adapters[0]}" if adapters else f"--mcore_adapters {draft.values['mcore_adapters'][0]}"
+        draft.values["model"] = _local(f"{named}: its base model", draft.values["model"])
     if draft.verb in USE and "model" in draft.values:
         _carry(draft, Path(draft.values["model"]), ("always",))
     if draft.values.get("load_data_args", False):

@@ -119,6 +119,16 @@ def test_runs_of_ours_need_no_conversion(tmp_path: Path) -> None:
     assert (found.convert.to_mcore, found.model.model) == (True, str(full / "checkpoint-10"))
 
 
+def test_the_base_of_a_megatron_adapter(tmp_path: Path) -> None:
+    adapter = mcore(tmp_path / "adapter")
+    (adapter / "args.json").write_text('{"model": "org/base"}')
+    found = run(f"export --mcore_adapters {adapter} --to_hf true")
+    assert (found.model.model, found.convert.mcore_adapters) == ("org/base", (str(adapter),))
+    (adapter / "args.json").write_text('{"model": "no/such/place"}')
+    with pytest.raises(UserError, match=f"--mcore_adapters {adapter}: its base model no/such/place: no such directory"):
+        run(f"export --mcore_adapters {adapter} --to_hf true")
+
+
 def test_load_takes_the_newest_checkpoint_of_a_run(tmp_path: Path) -> None:
     full, lora = finished_run(tmp_path / "full", adapter=False), finished_run(tmp_path / "lora", adapter=True)
     tail = "--dataset d --max_epochs 1"

@@ -37,6 +37,8 @@ SCRIPTS: Mapping[str, Script] = {
     "sft_34b_internvit": multimodal.sft_34b,
     "pretrain_qwen20_72b_internvit_6b": multimodal.pretrain_72b,
     "sft_qwen20_72b_internvit_6b": multimodal.sft_72b,
+    "run_text_generation_yi_34b_internvit_6b": multimodal.generation,
+    "run_text_generation_qwen20_72b_internvit_6b": multimodal.generation,
 }
 NAMES = tuple(SCRIPTS)
 

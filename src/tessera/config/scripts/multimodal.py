@@ -1,8 +1,8 @@
 """Megatron-LM's ``examples/multimodal``: converters, and the NVLM recipes of 34B and 72B as presets.
 
 The way is: convert tower and language model, combine them, train the projector, spread over four pipeline stages, train
-the language model as well, gather again. Every step but the training is an ``export`` from checkpoint to checkpoint;
-they hold one file per rank (``--mcore_format torch``) in the names of that project (``--mcore_dialect lm``).
+the language model as well, gather again, ask benchmarks. Every step between is an ``export`` from checkpoint to
+checkpoint; they hold a file per rank (``--mcore_format torch``) in the names of that project (``--mcore_dialect lm``).
 """
 
 from __future__ import annotations
@@ -197,6 +197,23 @@ def sft_72b(words: Sequence[str], setting: Setting) -> Translation:
     """
     own = {"pipeline_model_parallel_size": "4", "global_batch_size": "256", "save_interval": "10000"}
     return _recipe({**SFT, **own}, words, setting)
+
+
+def generation(words: Sequence[str], setting: Setting) -> Translation:
+    """run_text_generation_*.sh of the 34B and 72B: a benchmark's questions, answered greedily in at most 16 tokens.
+
+    --model-path                          --load, a Megatron or Hugging Face directory
+    --task                                --task
+    --input-image-path, --gt-path         --input_image_path, --gt_path
+    --output-path                         --output_path
+    Flags of ours are taken as they are.
+    """
+    names = ("model_path", "task", "input_image_path", "gt_path", "output_path")
+    held, ours = options(words, names, "run_text_generation")
+    required(held, ("model_path", "task", "output_path"), "run_text_generation")
+    flags = {"load": held["model_path"], "temperature": "0", "max_new_tokens": "16"}
+    flags |= {name: held[name] for name in names[1:] if name in held}
+    return Translation(("megatron", "infer", *preset(flags, ours)))
 
 
 def _recipe(flags: Mapping[str, str], words: Sequence[str], setting: Setting) -> Translation:
