@@ -28,7 +28,7 @@ from tessera.config.flags import BY_NAME, FLAGS, TRAIN, USE, VERBS, Flag
 from tessera.config.parse import Words, convert, json_object, lookup, nearest, shown, split, usage_error, words_of
 from tessera.config.run import ROOM_CLASSES, Run
 
-VISION = ("max_pixels", "min_pixels", "video_max_pixels", "fps", "fps_max_frames")
+VISION = ("max_pixels", "min_pixels", "video_max_pixels", "fps", "fps_max_frames", "max_num")
 LATER = ("megatron", "rlhf", "deploy", "eval", "compose", "plan", "rollout", "app", "web-ui", "sample")
 
 

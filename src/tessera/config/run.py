@@ -39,6 +39,8 @@ class ModelArgs:
     min_pixels: int | None
     video_max_pixels: int | None
     fps: float | None
+    max_num: int | None
+    use_tiling: bool | None
     quant_method: str | None
     quant_bits: int | None
 
