@@ -130,7 +130,7 @@ DATA = (
     F("strict", "data", "bool", False, "stop at the first bad row instead of skipping it", carry="data"),
     F("max_skip_ratio", "data", "float", 0.1, "stop when more than this share of the rows is bad", low=0, high=1,
       carry="data"),
-    F("image_resize", "data", "str", "torch", "whose resize to equal: torchvision's processor or the PIL one",
+    F("image_resize", "data", "str", None, "whose resize to equal, torchvision's or PIL's; the model's if not given",
       choices=("torch", "pil"), carry="always"),
     F("root_image_dir", "data", "str", None, "where relative image paths start", env="ROOT_IMAGE_DIR", carry="data"),
     F("dataloader_num_workers", "data", "int", None, "threads that decode images; chosen by the machine if not given",

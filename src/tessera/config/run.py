@@ -65,7 +65,7 @@ class DataArgs:
     columns: Mapping[str, str] | None
     strict: bool
     max_skip_ratio: float
-    image_resize: str
+    image_resize: str | None
     root_image_dir: str | None
     dataloader_num_workers: int | None
     load_data_args: bool

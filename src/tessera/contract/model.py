@@ -86,7 +86,8 @@ class Geometry(Protocol):
     """CPU-only facts of a family about pixels, placeholders and positions; pure functions, safe in any thread.
 
     ``placeholder[kind]`` is what the chat template prints for one media item and ``pad_ids[kind]`` the id of the token
-    in it that is repeated. A text-only family has ``patch_size`` 0.
+    in it that is repeated. A text-only family has ``patch_size`` 0. ``resize`` is whose arithmetic the family's images
+    are resized with, ``torch`` or ``pil``.
     """
 
     patch_size: int
@@ -94,6 +95,7 @@ class Geometry(Protocol):
     merge_size: int
     normalisation: Normalisation
     resample: str
+    resize: str
     placeholder: Mapping[str, str]
     pad_ids: Mapping[str, int]
 

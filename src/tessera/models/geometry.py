@@ -121,6 +121,7 @@ class PatchGeometry:
     tokens_per_second: float = 1.0
     fps: float = 2.0
     resample: str = "bicubic"
+    resize: str = "torch"
     placeholder: Mapping[str, str] = field(
         default_factory=lambda: {
             "image": "<|vision_start|><|image_pad|><|vision_end|>",
@@ -329,6 +330,7 @@ class TextGeometry:
     merge_size: int = 1
     normalisation: Normalisation = field(default_factory=lambda: Normalisation(mean=(), std=()))
     resample: str = "bicubic"
+    resize: str = "torch"
     placeholder: Mapping[str, str] = field(default_factory=dict)
     pad_ids: Mapping[str, int] = field(default_factory=dict)
 

@@ -86,6 +86,7 @@ class TiledGeometry:
     thumbnail: bool = True
     temporal_patch_size: int = 1
     resample: str = "bicubic"
+    resize: str = "torch"
     cut: bool = True
     switches: Switches = Switches()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ def medium(size: tuple[int, int]) -> Medium:
 @pytest.fixture(scope="module")
 def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
     directory = make_tokenizer_dir(tmp_path_factory.mktemp("tokenizer"), "NVLM_D")
-    return Renderer(directory, ref.geometry_of(ref.config_of("NVLM_D")))
+    held = json.loads((directory / "tokenizer.json").read_text())
+    held["model"]["vocab"]["><"] = 1 + max(held["model"]["vocab"].values())
+    held["model"]["merges"].append([">", "<"])
+    (directory / "tokenizer.json").write_text(json.dumps(held))
+    renderer = Renderer(directory, ref.geometry_of(ref.config_of("NVLM_D")))
+    joined, apart = ids(renderer, "<Image><tile_1>"), ids(renderer, "<Image>", "<tile_1>")
+    assert len(joined) < len(apart), "in one text, the end of one tag and the begin of the next are one token"
+    return renderer
 
 
 def sample_of(*contents: str) -> Sample:

@@ -17,7 +17,7 @@ from tests.parity import reference as ref
 from tests.toys import make_geometry
 
 
-def nearest(height: int, width: int, most: int) -> tuple[int, int]:
+def nearest(height: int, width: int, most: int, side: int = 448) -> tuple[int, int]:
     """(rows, columns), from the rule and exact arithmetic: every grid, its distance, and ties decided one by one."""
     grids = sorted(
         ((rows, columns) for rows in range(1, most + 1) for columns in range(1, most + 1) if rows * columns <= most),
@@ -27,7 +27,7 @@ def nearest(height: int, width: int, most: int) -> tuple[int, int]:
     near = [grid for grid in grids if distances[grid] == min(distances.values())]
     chosen = near[0]
     for grid in near[1:]:  # larger and larger copies of one shape
-        if 2 * width * height > 448 * 448 * grid[0] * grid[1]:
+        if 2 * width * height > side * side * grid[0] * grid[1]:
             chosen = grid
     return chosen
 

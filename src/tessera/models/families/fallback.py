@@ -134,6 +134,7 @@ class SquareGeometry:
     temporal_patch_size: int = 1
     merge_size: int = 1
     resample: str = "bicubic"
+    resize: str = "torch"
     placeholder: Mapping[str, str] = field(default_factory=lambda: {"image": "<image>"})
 
     def resized(self, height: int, width: int, frames: int = 1) -> tuple[int, int]:

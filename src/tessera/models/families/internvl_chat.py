@@ -123,6 +123,7 @@ def geometry(config: HFConfig, preprocessor: Mapping[str, Any]) -> Geometry:
         pad_ids={"image": config["image_token_id"]},
         placeholder={"image": "<img><IMG_CONTEXT></img>"},
         behind="\n",
+        resize="pil",
         fewest=config.get("min_dynamic_patch", 1),
         most=config.get("max_dynamic_patch", 6),
         thumbnail=bool(config.get("use_thumbnail", False)),
