@@ -19,6 +19,8 @@ from torch import Tensor
 
 from tessera.checkpoint import open as door
 from tessera.config.resolve import resolve, run_of
+from tessera.data.encode import Encoder
+from tessera.data.render import Renderer
 from tessera.infer import run as infer
 from tessera.infer.results import read_results
 from tests.models import make_model_dir
@@ -112,3 +114,21 @@ def test_infer_is_the_recipe_by_hand(tmp_path: Path, name: str, decoder: str, fl
     assert json.loads((directory / "config.json").read_text())["llm_config"]["model_type"] == decoder
     assert responses == by_hand(directory, rows, most)
     assert len(set(responses)) == len(responses)
+
+
+@pytest.mark.parametrize("name", ref.REMOTE)
+def test_pixels_are_pil_s(tmp_path: Path, name: str) -> None:
+    """Unless told otherwise images of these families are resized by PIL, to the last bit."""
+    directory = make_model_dir(tmp_path / "model", name)
+    source = door.describe(run_of("infer", model=str(directory)).model)
+    encoder = Encoder(Renderer(directory, source.geometry), source.geometry)
+    for path in make_images(tmp_path / "images", [(200, 60), (61, 203), (56, 56)], suffix=".png"):
+        turns = [{"role": "user", "content": "<image>x"}]
+        encoded = encoder.encoded(encoder.sample({"messages": turns, "images": [path]}, need_answer=False), prompt=True)
+        patches = np.zeros((encoded.patches, encoder.patch_width([encoded])), dtype=np.uint8)
+        encoder.pixels(encoded, patches)
+        grid = encoded.items[0].grid
+        shown = ref.tile_pixels(torch.from_numpy(patches), grid, source.geometry).float() / 255
+        mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+        most = source.config["max_dynamic_patch"]
+        assert torch.equal((shown - mean) / std, tiles_of(Image.open(path), most))
