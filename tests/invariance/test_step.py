@@ -72,13 +72,13 @@ def single_process(name: str, per_batch: int = 4, **kwargs: Any) -> Trajectory:
     return train(config, [packed(config, per_batch, step) for step in range(3)], **kwargs)
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "NVLM_D"])
 @pytest.mark.parametrize("per_batch", [1, 2])
 def test_packed_is_unpacked_and_accumulation_is_a_larger_batch(name: str, per_batch: int) -> None:
     assert_same(single_process(name, per_batch), single_process(name, 4), TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "glm4v_moe", "internvl"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "glm4v_moe", "internvl", "NVLM_D"])
 @pytest.mark.parametrize("which", [(True, False), (False, True), (True, True)])
 def test_recompute_changes_nothing(name: str, which: tuple[bool, bool]) -> None:
     assert_same(single_process(name, recompute=which), single_process(name), 0.0)

@@ -46,7 +46,7 @@ def stems() -> set[str]:
     """``abc2_5_vl`` and ``abc3`` are both found by their stem ``abc``."""
     from tessera.models.families import FAMILIES
 
-    return {found[0] for name in FAMILIES if (found := re.match(r"[a-z]+", name))}
+    return {found[0] for name in FAMILIES if (found := re.match(r"[a-z]+", name.lower()))}
 
 
 def test_no_family_name_in_shared_rooms() -> None:

@@ -25,7 +25,7 @@ from tessera.config.sources import is_mcore
 from tessera.contract.model import Family, Geometry, dtype_of
 from tessera.contract.plan import Plan
 from tessera.contract.weightmap import WeightMap
-from tessera.models.families import family_of
+from tessera.models.families import family_of, text_config
 from tessera.weights.hf import Checkpoint, shapes_of
 from tessera.weights.hf import load as load_weights
 
@@ -51,13 +51,13 @@ class Source:
     @property
     def max_positions(self) -> int | None:
         """The longest sequence the decoder was made for, in tokens."""
-        value = {**self.config, **self.config.get("text_config", {})}.get("max_position_embeddings")
+        value = {**self.config, **text_config(self.config)}.get("max_position_embeddings")
         return int(value) if value else None
 
     @property
     def dtype_name(self) -> str:
         """The dtype the checkpoint declares, ``float32`` if it does not."""
-        text = self.config.get("text_config", {})
+        text = text_config(self.config)
         found = (self.config.get("dtype"), self.config.get("torch_dtype"), text.get("dtype"), text.get("torch_dtype"))
         return next((str(name) for name in found if name), "float32")
 
@@ -105,9 +105,15 @@ def describe(args: ModelArgs) -> Source:
     preprocessor = read_json(path / "preprocessor_config.json")
     preprocessor = preprocessor or read_json(path / "processor_config.json").get("image_processor", {})
     family = family_of(config)
+    config = _with_tokens(path, config, family)
     geometry = family.geometry(config, preprocessor)
     geometry = geometry.limited(
-        min_pixels=args.min_pixels, max_pixels=args.max_pixels, video_max_pixels=args.video_max_pixels, fps=args.fps
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        video_max_pixels=args.video_max_pixels,
+        fps=args.fps,
+        max_tiles=args.max_num,
+        tiling=args.use_tiling,
     )
     checkpoint = Checkpoint(path)
     weightmap = family.weightmap(config, list(checkpoint.names))
@@ -122,6 +128,34 @@ def describe_mcore(path: Path, args: ModelArgs) -> Source:
             f"--model {path}: a Megatron checkpoint without config.json; add --hf_dir DIR, a directory with it"
         )
     raise UserError(f"--model {path}: Megatron checkpoints are not readable yet; convert it, or use the original model")
+
+
+def _with_tokens(path: Path, config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """``config`` with what the family's checkpoints leave to their tokenizers; see :class:`Family`."""
+    wanted = {name: texts for name, texts in family.tokens.items() if f"{name}_id" not in config}
+    if not wanted:
+        return config
+    known = _added_tokens(path)
+    for name, texts in wanted.items():
+        found = next((text for text in texts if text in known), None)
+        if found is None:
+            raise UserError(
+                f"{path}: the tokenizer has no token {' or '.join(texts)}, which stands for an image; "
+                f"add it there and a row for it to the embedding, or set {name}_id in config.json"
+            )
+        config = {**config, name: found, f"{name}_id": known[found]}
+    return config
+
+
+def _added_tokens(path: Path) -> dict[str, int]:
+    """Ids of the tokens that were added to a model directory's tokenizer; small files before the large one."""
+    named = read_json(path / "added_tokens.json")
+    if not named:
+        listed = read_json(path / "tokenizer_config.json").get("added_tokens_decoder", {})
+        named = {held["content"]: index for index, held in listed.items()}
+    if not named:
+        named = {held["content"]: held["id"] for held in read_json(path / "tokenizer.json").get("added_tokens", [])}
+    return {text: int(index) for text, index in named.items()}
 
 
 def compute_dtype(source: Source, asked: str | None, device: torch.device) -> torch.dtype:

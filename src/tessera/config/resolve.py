@@ -44,7 +44,7 @@ from tessera.config.parse import (
 from tessera.config.run import ROOM_CLASSES, Run
 from tessera.config.sources import Sources, is_mcore
 
-VISION = ("max_pixels", "min_pixels", "video_max_pixels", "fps", "fps_max_frames")
+VISION = ("max_pixels", "min_pixels", "video_max_pixels", "fps", "fps_max_frames", "max_num")
 LATER = ("rlhf", "deploy", "eval", "compose", "plan", "rollout", "app", "web-ui", "sample")
 
 

@@ -40,6 +40,8 @@ class ModelArgs:
     video_max_pixels: int | None
     fps: float | None
     hf_dir: str | None
+    max_num: int | None
+    use_tiling: bool | None
     quant_method: str | None
     quant_bits: int | None
 
@@ -64,7 +66,7 @@ class DataArgs:
     columns: Mapping[str, str] | None
     strict: bool
     max_skip_ratio: float
-    image_resize: str
+    image_resize: str | None
     root_image_dir: str | None
     dataloader_num_workers: int | None
     dataloader_drop_last: bool

@@ -35,8 +35,8 @@ Files = Mapping[ImageRef, bytes]
 class Encoder:
     """Rows to :class:`Encoded` and pixels, under one run's rules.
 
-    ``image_resize`` is ``torch`` or ``pil``; relative image paths are looked for below ``root_image_dir`` if given,
-    else in the working directory, else beside the dataset's file.
+    ``image_resize`` is ``torch``, ``pil`` or None, the family's own; relative image paths are looked for below
+    ``root_image_dir`` if given, else in the working directory, else beside the dataset's file.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Encoder:
         renderer: Renderer,
         geometry: Geometry,
         *,
-        image_resize: str = "torch",
+        image_resize: str | None = None,
         root_image_dir: str | None = None,
         max_length: int | None = None,
         truncation_strategy: str = "delete",
@@ -52,7 +52,7 @@ class Encoder:
     ) -> None:
         self.renderer = renderer
         self.geometry = geometry
-        self.image_resize = image_resize
+        self.image_resize = image_resize or geometry.resize
         self.root_image_dir = root_image_dir
         self.max_length = max_length
         self.truncation_strategy = truncation_strategy

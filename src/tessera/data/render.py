@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tessera.config.errors import UserError
-from tessera.contract.model import Geometry, MediaItem
+from tessera.contract.model import SEAM, Geometry, MediaItem
 from tessera.data.sample import BadRow, ImageRef, Message, Sample
 from tessera.data.template import CHATML, ChatTemplate
 from tessera.models.geometry import pad_mask
@@ -169,7 +169,7 @@ class Renderer:
         pads = np.flatnonzero(pad_mask(encoded.tokens, self.geometry.pad_ids))
         extents, taken = [], 0
         for item in encoded.items:
-            lead, trail = self._pads[item.kind][1:]
+            lead, trail = self._around(self.geometry.text(item), self._pads[item.kind])
             count = sum(self.geometry.slots(item))
             extents.append((int(pads[taken]) - lead, int(pads[taken + count - 1]) + 1 + trail))
             taken += count
@@ -207,7 +207,10 @@ class Renderer:
             if medium is None:
                 raise BadRow(f"more <{match[1]}> tags than {match[1]}s")
             media.append(medium)
-            return self.geometry.text(medium.item)
+            text = self.geometry.text(medium.item)
+            # Rows write the newline behind an image, or leave it to us.
+            followed = match.string.startswith("\n", match.end())
+            return text[:-1] if followed and text.endswith("\n") else text
 
         messages: list[dict[str, Any]] = []
         for message in [*self._system(sample), *sample.messages]:
@@ -237,10 +240,12 @@ class Renderer:
         self, pieces: list[tuple[str, float]], media: tuple[Medium, ...], slots: tuple[int, ...], *, plain: bool = False
     ) -> Rendered:
         """The rendered sample, if the pads in its text are those of its media and no others."""
-        pieces = [piece for piece in pieces if piece[0]]
+        if plain:  # the tokenizer's own special tokens go around the whole
+            pieces = [(text.replace(SEAM, ""), weight) for text, weight in pieces]
+        pieces = [(part, weight) for text, weight in pieces for part in text.split(SEAM) if part]
         if not pieces:
             raise BadRow("the text is empty")
-        found = sum(text.count(pad) for text, _ in pieces for pad, _, _ in self._pads.values())
+        found = sum(text.count(pad) for text, _ in pieces for pad in self._pads.values())
         if found != len(slots):
             raise BadRow(f"the text holds {found} media pad tokens, its media need {len(slots)}")
         return Rendered(tuple(pieces), media, slots, plain)
@@ -265,8 +270,13 @@ class Renderer:
             ids.append(self.eos_id)
         return ids
 
-    def _pad(self, kind: str) -> tuple[str, int, int]:
-        """Text of a kind's pad token, and how many tokens its placeholder has before and behind it."""
+    def _around(self, text: str, pad: str) -> tuple[int, int]:
+        """How many tokens the text of a media item has before its first pad and behind its last one."""
+        before, behind = text.partition(pad)[0], text.rpartition(pad)[2].rstrip("\n")
+        return sum(len(self._short(part)) for part in before.split(SEAM) if part), len(self._short(behind))
+
+    def _pad(self, kind: str) -> str:
+        """Text of a kind's pad token."""
         pad = self.geometry.pad_ids[kind]
         text = self.tokenizer.id_to_token(pad)
         ids = self.tokenizer.encode(self.geometry.placeholder[kind], add_special_tokens=False).ids
@@ -275,7 +285,7 @@ class Renderer:
                 f"the tokenizer does not print {self.geometry.placeholder[kind]!r} with token {pad} in it: "
                 f"tokenizer and config.json of the model disagree about the {kind} token"
             )
-        return text, ids.index(pad), len(ids) - 1 - ids.index(pad)
+        return text
 
 
 def _runs(names: Sequence[str | None]) -> Iterator[tuple[int, int]]:

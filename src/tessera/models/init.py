@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tessera.contract.model import HFConfig
 from tessera.contract.plan import within
-from tessera.models.families.common import text_config
+from tessera.models.families import text_config
 
 DECODER = ("model.language_model", "model.embed_tokens", "model.layers", "model.norm", "lm_head")
 """Names of a decoder and its head, with and without a tower beside it."""

@@ -33,10 +33,11 @@ from tessera.config.errors import UserError
 from tessera.config.run import Run
 from tessera.contract.model import Geometry, dtype_of
 from tessera.infer.session import attach
-from tessera.models.geometry import PatchGeometry
 from tessera.weights import hf, hub
 
 ARGS_FILE = "args.json"
+LIMITS = ("max_pixels", "min_pixels", "max_num", "use_tiling")
+"""Flags that say how an image is shown."""
 _PRODUCT = (*hf.SIDE_FILES, "*.safetensors", "*.safetensors.index.json", ARGS_FILE)
 
 
@@ -99,22 +100,20 @@ def write(run: Run) -> Path:
 
 
 def limit_processor(directory: Path, run: Run, geometry: Geometry) -> None:
-    """Write the run's pixel limits, if it has any, into the processor configs in ``directory``."""
-    limited = run.model.max_pixels is not None or run.model.min_pixels is not None
-    if not limited or not isinstance(geometry, PatchGeometry):
+    """Write the run's limits of images, if it has any, into the configs in ``directory``."""
+    if all(getattr(run.model, name) is None for name in LIMITS):
         return
-    limits = {"min_pixels": geometry.min_pixels, "max_pixels": geometry.max_pixels}
-    edges = {"shortest_edge": geometry.min_pixels, "longest_edge": geometry.max_pixels}
-    for name, inner in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+    for name, kind, inner in (
+        ("config.json", "config.json", None),
+        ("preprocessor_config.json", "preprocessor_config.json", None),
+        ("processor_config.json", "preprocessor_config.json", "image_processor"),
+    ):
         whole = door.read_json(directory / name)
         part = whole if inner is None else whole.get(inner)
-        if not part:
-            continue
-        known = {key: value for key, value in limits.items() if key in part}
-        if part.get("size"):
-            part["size"] = edges
-        part.update(known if known or part.get("size") else limits)
-        write_json(directory / name, whole)
+        if part:
+            stored = geometry.stored(kind, part)
+            if stored != part:
+                write_json(directory / name, stored if inner is None else {**whole, inner: stored})
 
 
 @contextmanager
@@ -157,7 +156,7 @@ def _unchanged(run: Run) -> Path | None:
         if not run.export.push_to_hub:
             raise UserError("tessera export --adapters: nothing to do; add --merge_lora true or --push_to_hub true")
         return Path(run.model.adapters[0])
-    changed = any(_asked(run, name) for name in ("output_dir", "torch_dtype", "max_shard_size", "max_pixels"))
+    changed = any(_asked(run, name) for name in ("output_dir", "torch_dtype", "max_shard_size", *LIMITS))
     return None if changed or not run.export.push_to_hub else door.locate(run.model.model or "")
 
 
@@ -185,7 +184,7 @@ def _args(run: Run, model: Path) -> Mapping[str, Any]:
     for directory in (*(Path(adapter) for adapter in run.model.adapters), model):
         if (directory / ARGS_FILE).is_file():
             stored: dict[str, Any] = json.loads((directory / ARGS_FILE).read_text(encoding="utf-8"))
-            limits = {"max_pixels": run.model.max_pixels, "min_pixels": run.model.min_pixels}
+            limits = {name: getattr(run.model, name) for name in LIMITS}
             return {**stored, **limits, "adapters": [], "hub_token": None}
     return run.to_json()
 

@@ -18,6 +18,7 @@ from tessera.config.run import Run
 from tessera.contract.memory import Recompute
 from tessera.data.corpus import Corpus
 from tessera.data.loader import Loader
+from tessera.models.families import text_config
 from tessera.observe.cost import MemoryEstimate, Work, estimate_memory, human_count, stacks_of
 from tessera.observe.facts import RunFacts, TrainedModule, hardware, versions
 from tessera.parallel.mesh import Mesh
@@ -101,7 +102,7 @@ def _memory(
     run: Run, source: Source, share: Share, stage: int, loader: Loader, mesh: Mesh, itemsize: int
 ) -> MemoryEstimate:
     """The estimated peak on a device of pipeline stage ``stage``, for the largest microbatch that can occur."""
-    train, config = loader.corpus, {**source.config, **source.config.get("text_config", {})}
+    train, config = loader.corpus, {**source.config, **text_config(source.config)}
     layout, holding = mesh.layout, share.holding
     tokens, patches = (int(np.sort(size)[-loader.units_per_batch :].sum()) for size in (train.lengths, train.patches))
     if loader.packing and loader.capacity:

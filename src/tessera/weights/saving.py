@@ -120,7 +120,8 @@ class Saving:
             weightmap = weightmap.settled(shapes, {name: entry.shape for name, entry in origin.entries.items()})
         pieces = {name: _pieces(weightmap, name, shape) for name, shape in shapes.items()}
         disk = {p.disk: (every[name][0], p.shape(shapes[name])) for name, parts in pieces.items() for p in parts}
-        assert len(disk) == sum(map(len, pieces.values())), "two of our tensors map to one disk name"
+        places = {(piece.disk, piece.before) for parts in pieces.values() for piece in parts}
+        assert len(places) == sum(map(len, pieces.values())), "two of our tensors map to one disk name"
         if origin is None:
             entries = _sharded(disk, dtype, max_shard_size)
         else:
