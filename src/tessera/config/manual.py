@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from tessera.config.flags import FLAGS, ROOMS, TRAIN, VERBS, Flag, flags_of
+from tessera.config.tasks import TASKS
 
 WIDTH = 110
 USAGE: Mapping[str, str] = {
     "report": "tessera report RUN",
     "demo": "tessera demo [DIR] [--flag value ...]",
+    "data": "tessera data [lint|stats|show|prepare|convert ...] [--flag value ...]",
 }
 KINDS: Mapping[str, str] = {
     "str": "text",
@@ -44,6 +46,8 @@ def verb_help(verb: str) -> str:
         "",
         f"{VERBS[verb]}.",
     ]
+    if verb == "data":
+        lines += ["", *(f"  {text}" for text in TASKS.values())]
     for room, (title, _) in ROOMS.items():
         flags = [flag for flag in flags_of(verb) if flag.room == room]
         if not flags:

@@ -27,6 +27,7 @@ from tessera.config import memory, parallel
 from tessera.config.flags import BY_NAME, FLAGS, TRAIN, USE, VERBS, Flag
 from tessera.config.parse import Words, convert, json_object, lookup, nearest, shown, split, usage_error, words_of
 from tessera.config.run import ROOM_CLASSES, Run
+from tessera.config.tasks import data_task
 
 VISION = ("max_pixels", "min_pixels", "video_max_pixels", "fps", "fps_max_frames")
 LATER = ("megatron", "rlhf", "deploy", "eval", "compose", "plan", "rollout", "app", "web-ui", "sample")
@@ -41,6 +42,7 @@ class _Draft:
     provenance: dict[str, str] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    task: tuple[str, ...] = ()
     target: str | None = None
     config_file: str | None = None
 
@@ -125,7 +127,12 @@ def verb_of(argv: Sequence[str]) -> str:
 
 def _from_flags(draft: _Draft, words: Words) -> None:
     positional = list(words.positional)
-    if positional and draft.verb in ("report", "demo"):
+    if draft.verb == "data" and not (positional and Path(positional[0]).suffix in (".yaml", ".yml", ".json")):
+        found = data_task(positional)
+        draft.task, draft.target, positional = found.task, found.target, []
+        draft.offer(BY_NAME["dataset"], found.datasets or None, "flag", "--dataset")
+        draft.offer(BY_NAME["output_dir"], found.out, "flag", "--output_dir")
+    elif positional and draft.verb in ("report", "demo"):
         draft.target = positional.pop(0)
     elif positional and Path(positional[0]).suffix in (".yaml", ".yml", ".json"):
         draft.config_file = positional.pop(0)
@@ -230,7 +237,7 @@ def _require(draft: _Draft, words: Words) -> None:
     if draft.verb in (*TRAIN, *USE) and values["model"] is None:
         more = " or --adapters" if draft.verb in USE else ""
         raise usage_error(f"tessera {draft.verb}: --model{more} is required{cut}")
-    if draft.verb in (*TRAIN, "data") and not values["dataset"]:
+    if (draft.verb in TRAIN or (draft.verb == "data" and draft.target is None)) and not values["dataset"]:
         raise usage_error(f"tessera {draft.verb}: --dataset is required{cut}")
     if draft.verb == "report" and draft.target is None:
         raise usage_error("tessera report RUN: the directory of a run is required")
@@ -251,6 +258,7 @@ def _finish(draft: _Draft, env: Mapping[str, str]) -> Run:
     return Run(
         verb=draft.verb,
         dry_run=values["dry_run"],
+        task=draft.task,
         target=draft.target,
         config_file=draft.config_file,
         provenance=draft.provenance,
@@ -299,9 +307,11 @@ def _derive(draft: _Draft, world: int) -> None:
         "eval_strategy": values["save_strategy"],
         "eval_steps": values["save_steps"],
         "data_seed": values["seed"],
-        "output_dir": {"export": _export_dir(values), "demo": draft.target or "demo_output"}.get(
-            draft.verb, os.path.join("output", name)
-        ),
+        "output_dir": {
+            "export": _export_dir(values),
+            "demo": draft.target or "demo_output",
+            "data": "data_output",
+        }.get(draft.verb, os.path.join("output", name)),
     }
     for flag, value in fallbacks.items():
         if values[flag] is None:

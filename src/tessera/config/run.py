@@ -239,6 +239,19 @@ class ExportArgs:
     exist_ok: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardArgs:
+    """How shards are made of data and described, and how rows are looked at; ``split`` is the text ``9,1,0``."""
+
+    split: str | None
+    sample_type: str | None
+    field_map: Mapping[str, str] | None
+    shuffle_tars: bool
+    max_samples_per_tar: int
+    json: bool
+    num_samples: int
+
+
 ROOM_CLASSES: Mapping[str, type] = {
     "model": ModelArgs,
     "data": DataArgs,
@@ -250,6 +263,7 @@ ROOM_CLASSES: Mapping[str, type] = {
     "parallel": ParallelArgs,
     "infer": InferArgs,
     "export": ExportArgs,
+    "shards": ShardArgs,
 }
 
 
@@ -257,9 +271,10 @@ ROOM_CLASSES: Mapping[str, type] = {
 class Run:
     """Everything a verb is told.
 
-    ``target`` is the positional argument of ``report`` (a run directory) and ``demo``, ``config_file`` the YAML or JSON
-    file the flags came from, ``env`` the environment variables that had a say and those of the file's ``ENV`` block,
-    ``inert`` the accepted flags without effect, ``notes`` what to tell the user once before anything starts.
+    ``target`` is the positional argument of ``report`` (a run directory) and ``demo``, and what ``data`` converts or
+    prepares; ``task`` is what ``data`` does, in words. ``config_file`` is the YAML or JSON file the flags came from,
+    ``env`` the environment variables that had a say and those of the file's ``ENV`` block, ``inert`` the accepted flags
+    without effect, ``notes`` what to tell the user once before anything starts.
     """
 
     verb: str
@@ -273,7 +288,9 @@ class Run:
     parallel: ParallelArgs
     infer: InferArgs
     export: ExportArgs
+    shards: ShardArgs
     dry_run: bool
+    task: tuple[str, ...]
     target: str | None
     config_file: str | None
     provenance: Provenance

@@ -103,7 +103,7 @@ class Loader:
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Steps that visit every row once; depends on the epoch where packs do."""
-        count = len(self._units(epoch)) if self.packing else len(self.corpus)
+        count = len(self._units(epoch)) if self.packing else self.corpus.epoch_rows
         return math.ceil(count / self.units_per_step)
 
     def state(self) -> dict[str, Any]:
@@ -225,10 +225,13 @@ class Loader:
         """The plan of an epoch; the latest one is kept."""
         held, units = self._plan
         if held != epoch:
-            lengths = self.corpus.lengths
+            drawn = self.corpus.drawn(self.seed, epoch, shuffle=self.shuffle)
+            lengths = self.corpus.lengths[drawn]
             units = plan_epoch(
                 lengths, self.seed, epoch, packing=self.packing, capacity=self.capacity, shuffle=self.shuffle
             )
+            if self.corpus.shares:
+                units = [tuple(drawn[list(unit)].tolist()) for unit in units]
             self._plan = (epoch, units)
             if self.packing and units and self.capacity:
                 self.efficiency = float(lengths.sum()) / (len(units) * self.capacity)
