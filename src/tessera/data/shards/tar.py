@@ -84,10 +84,11 @@ def members(descriptor: int, start: int = 0, end: int | None = None) -> Iterator
     at, first, long_name, long_size = start, start, "", -1
     while end is None or at < end:
         head = os.pread(descriptor, BLOCK, at)
+        if not head:
+            reason = f"the shard ends at byte {size} without an end mark: truncated" if size else "the shard is empty"
+            raise Truncated(reason)
         if head.count(0) == len(head):
-            if not head and at == 0:
-                raise Truncated("the shard is empty")
-            return  # two zero blocks end an archive; one, or none at all, is read as an end as well
+            return  # two zero blocks end an archive; one will do
         if len(head) < BLOCK:
             raise Truncated(f"the shard ends at byte {size}, inside a header: truncated")
         _verify(head, at)
@@ -134,6 +135,9 @@ def samples(descriptor: int) -> Iterator[Place]:
 
 def sample_at(descriptor: int, start: int, end: int) -> Place:
     """The sample whose members fill the bytes [start, end); BadRow if they do not hold one."""
+    size = os.fstat(descriptor).st_size
+    if start >= size:
+        raise Truncated(f"the shard ends at byte {size}, before this sample: truncated")
     key = ""
     parts: list[Part] = []
     for member in members(descriptor, start, end):
