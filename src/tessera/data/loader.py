@@ -106,6 +106,11 @@ class Loader:
         count = len(self._units(epoch)) if self.packing else self.corpus.epoch_rows
         return math.ceil(count / self.units_per_step)
 
+    @property
+    def tokens_in_epoch(self) -> int:
+        """Tokens of the rows that the first epoch shows."""
+        return int(self.corpus.lengths[self.corpus.drawn(self.seed, 0, shuffle=self.shuffle)].sum())
+
     def state(self) -> dict[str, Any]:
         """Where the next step begins, as JSON; valid for any number of ranks and threads."""
         return {

@@ -20,9 +20,10 @@ import codecs
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from tessera.config.errors import UserError
 from tessera.data import media
@@ -34,6 +35,9 @@ from tessera.data.sources import open_rows, parse_dataset_spec
 LLAVA_JSON, SHAREGPT_JSON = "blip_laion_cc_sbu_558k.json", "dataset.json"
 DEFAULT_FPS = 2.0
 _CHUNK = 1 << 20
+_SPACE = r"[ \t\r\n]*"
+_FIRST = re.compile(rf"{_SPACE}(\[{_SPACE}\]|\S){_SPACE}")
+_NEXT = re.compile(rf"{_SPACE}([,\]]){_SPACE}")
 
 Parts = list[tuple[str, bytes]]
 Report = Callable[[int, str], None]
@@ -70,39 +74,39 @@ def convert(kind: str, source: str, into: Path, report: Report, *, most: int = 1
 
 def objects(path: Path) -> Iterator[Any]:
     """The elements of a JSON file that holds one list, one at a time; UserError where it is not that."""
-    decoder, text, at, begun = json.JSONDecoder(), "", 0, False
-    decode = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder, before = json.JSONDecoder(), _FIRST
+    text, at, problem = "", 0, "the file is empty"
     with open(path, "rb") as file:
-        over = False
-        while True:
-            while at < len(text) and text[at] in " \t\r\n,":
-                at += 1
-            if not begun and at < len(text):
-                if text[at] != "[":
+        for chunk in _texts(file, path):
+            text, at = text[at:] + chunk, 0
+            # Each element, and what stands before it: "[" in front of the first, "," in front of the others.
+            while lead := before.match(text, at):
+                if lead[1].endswith("]"):
+                    return
+                if lead[1] not in ("[", ","):
                     raise UserError(f"{path}: expected a JSON list of objects")
-                begun, at = True, at + 1
-                continue
-            if at < len(text) and text[at] == "]":
-                return
-            try:
-                if at == len(text):
-                    raise ValueError("ends before its list does")
-                found, end = decoder.raw_decode(text, at)
-                # An element that touches the end of the text may go on in the next chunk.
-                if end == len(text) and not over:
-                    raise ValueError("incomplete")
-            except ValueError as error:
-                if over:
-                    raise UserError(f"{path}: not valid JSON: {error}") from None
-                chunk = file.read(_CHUNK)
-                over = not chunk
                 try:
-                    text, at = text[at:] + decode.decode(chunk, final=over), 0
-                except UnicodeDecodeError as broken:
-                    raise UserError(f"{path}: not UTF-8 text: {broken}") from None
-                continue
-            yield found
-            at = end
+                    found, end = decoder.raw_decode(text, lead.end())
+                except ValueError as error:
+                    problem = str(error)
+                    break
+                if not _NEXT.match(text, end):  # the element may go on in the next chunk
+                    problem = "the list does not end"
+                    break
+                yield found
+                at, before = end, _NEXT
+    raise UserError(f"{path}: not valid JSON: {problem}")
+
+
+def _texts(file: BinaryIO, path: Path) -> Iterator[str]:
+    """The text of a file in pieces, its byte order mark left out."""
+    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+    try:
+        while chunk := file.read(_CHUNK):
+            yield decode(chunk)
+        yield decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error}") from None
 
 
 def _llava(source: str) -> Iterator[Entry]:

@@ -170,9 +170,7 @@ def _subset(leaves: list[Leaf], subset: Any, file: Path) -> list[Leaf]:
         count = len(leaf.rows)
         first, last = (_bound(bound, count, file) for bound in bounds)
         if not 0 <= first <= last <= count:
-            raise UserError(
-                f"--dataset {file}: range {bounds} does not lie within the {count} rows of {leaf.rows.name}"
-            )
+            raise UserError(f"--dataset {file}: range {bounds} is not within the {count} rows of {leaf.rows.name}")
         share = leaf.share * (last - first) / count if count else 0.0
         out.append(replace(leaf, rows=Slab(leaf.rows, first, last), share=share))
     return out
