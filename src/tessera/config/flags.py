@@ -38,7 +38,7 @@ VERBS: Mapping[str, str] = {
     "sft": "fine-tune a model on conversations, with or without images",
     "infer": "run a model or adapter over a dataset, or talk to it",
     "export": "merge an adapter, change the dtype, convert from or to Megatron, push to a hub",
-    "data": "show what a dataset becomes: tokens, labels, lengths, skipped rows",
+    "data": "show what a dataset becomes; lint, stats, show, convert and prepare datasets",
     "report": "tessera report RUN: one self-contained HTML page about a run",
     "demo": "tessera demo [DIR]: compose, train, export and score a small model on handwriting",
 }
@@ -55,6 +55,7 @@ ROOMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "export": ("what leaves the house", ("export",)),
     "convert": ("between Hugging Face and Megatron", ("export",)),
     "short": ("short for other flags", TRAIN),
+    "shards": ("how shards are made and rows looked at", ("data",)),
     "run": ("the command itself", tuple(VERBS)),
     "inert": ("accepted from other tools, without effect", (*TRAIN, *USE, "data")),
 }
@@ -264,7 +265,7 @@ MEMORY = (
 
 REST = (
     F("output_dir", "save", "str", None, "where runs go; output/<model name> if not given",
-      verbs=(*TRAIN, "export", "demo"), megatron=("save",)),
+      verbs=(*TRAIN, "export", "data", "demo"), megatron=("save",)),
     F("add_version", "save", "bool", True, "put every run into its own vN-<time> directory"),
     F("save_strategy", "save", "str", "steps", "when to save", choices=("steps", "epoch", "no")),
     F("save_steps", "save", "steps", 500, "save every N steps or share of the run; -1 at the end only",
@@ -333,7 +334,6 @@ REST = (
     F("hub_model_id", "export", "str", None, "namespace/name on the hub"),
     F("hub_token", "export", "str", None, "access token; never written to a file"),
     F("hub_private_repo", "export", "bool", False, "create the repository as private"),
-    F("exist_ok", "export", "bool", False, "write into a directory that exists"),
     F("to_mcore", "convert", "bool", False, "write a Megatron checkpoint"),
     F("to_hf", "convert", "bool", False, "write a Hugging Face directory from --mcore_model or --mcore_adapters"),
     F("mcore_model", "convert", "str", None, "Megatron checkpoint: the directory above iter_N, or that one itself",
@@ -378,6 +378,15 @@ REST = (
     F("lr_decay_samples", "short", "int", None, "--lr_decay_iters x --global_batch_size", only="megatron", low=1),
     F("lr_warmup_samples", "short", "int", None, "the share of --lr_decay_samples that warms up", only="megatron",
       low=0),
+    F("exist_ok", "export", "bool", False, "write into a directory that exists", verbs=("export", "data")),
+    F("split", "shards", "str", None, "prepare, convert: shares of train, val and test in shards, e.g. 9,1,0",
+      aliases=("split_ratio",)),
+    F("sample_type", "shards", "str", None, "prepare: what a sample is, e.g. VQASample, ChatMLSample"),
+    F("field_map", "shards", "json", None, "prepare: which part is which field, e.g. '{\"image\": \"jpg\", ...}'"),
+    F("shuffle_tars", "shards", "bool", False, "prepare, convert: divide the shards in random order, always the same"),
+    F("max_samples_per_tar", "shards", "int", 10_000, "convert: most samples of a shard", low=1),
+    F("json", "shards", "bool", False, "lint, stats: print one JSON object instead of lines"),
+    F("num_samples", "shards", "int", 60, "show: how many samples the page holds", low=1),
     F("dry_run", "run", "bool", False, "resolve and check everything, print the plan, load no weights"),
 )  # fmt: skip
 

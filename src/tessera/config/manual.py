@@ -10,11 +10,13 @@ from tessera.config.flags import FLAGS, ROOMS, TRAIN, VERBS, Dialect, Flag, flag
 from tessera.config.parse import program
 from tessera.config.scripts import NAMES
 from tessera.config.scripts import VERBS as MEGATRON_VERBS
+from tessera.config.tasks import TASKS
 
 WIDTH = 110
 USAGE: Mapping[str, str] = {
     "report": "tessera report RUN",
     "demo": "tessera demo [DIR] [--flag value ...]",
+    "data": "tessera data [lint|stats|show|prepare|convert ...] [--flag value ...]",
 }
 KINDS: Mapping[str, str] = {
     "str": "text",
@@ -62,6 +64,8 @@ def verb_help(verb: str, dialect: Dialect = "swift") -> str:
         "",
         f"{VERBS[verb]}.",
     ]
+    if verb == "data":
+        lines += ["", *(f"  {text}" for text in TASKS.values())]
     for room, (title, _) in ROOMS.items():
         flags = [flag for flag in flags_of(verb, dialect) if flag.room == room]
         if not flags:

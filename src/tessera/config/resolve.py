@@ -43,6 +43,7 @@ from tessera.config.parse import (
 )
 from tessera.config.run import ROOM_CLASSES, Run
 from tessera.config.sources import Sources, is_mcore
+from tessera.config.tasks import data_task
 
 VISION = ("max_pixels", "min_pixels", "video_max_pixels", "fps", "fps_max_frames", "max_num")
 LATER = ("rlhf", "deploy", "eval", "compose", "plan", "rollout", "app", "web-ui", "sample")
@@ -58,6 +59,7 @@ class _Draft:
     provenance: dict[str, str] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    task: tuple[str, ...] = ()
     target: str | None = None
     config_file: str | None = None
     spelled: Mapping[str, str] = field(default_factory=dict)
@@ -155,7 +157,12 @@ def command_of(argv: Sequence[str]) -> tuple[Dialect, str, Sequence[str]]:
 
 def _from_flags(draft: _Draft, words: Words) -> None:
     positional = list(words.positional)
-    if positional and draft.verb in ("report", "demo"):
+    if draft.verb == "data" and not (positional and Path(positional[0]).suffix in (".yaml", ".yml", ".json")):
+        found = data_task(positional)
+        draft.task, draft.target, positional = found.task, found.target, []
+        draft.offer(BY_NAME["dataset"], found.datasets or None, "flag", "--dataset")
+        draft.offer(BY_NAME["output_dir"], found.out, "flag", "--output_dir")
+    elif positional and draft.verb in ("report", "demo"):
         draft.target = positional.pop(0)
     elif positional and Path(positional[0]).suffix in (".yaml", ".yml", ".json"):
         draft.config_file = positional.pop(0)
@@ -278,7 +285,7 @@ def _require(draft: _Draft, words: Words) -> None:
     if draft.verb in (*TRAIN, *USE) and not any((*named, *values["adapters"], *values["mcore_adapters"])):
         more = " or --adapters" if draft.verb in USE else ""
         raise usage_error(f"{command}: {'--load' if theirs else '--model'}{more} is required{cut}")
-    if draft.verb in (*TRAIN, "data") and not values["dataset"]:
+    if (draft.verb in TRAIN or (draft.verb == "data" and draft.target is None)) and not values["dataset"]:
         raise usage_error(f"{command}: --dataset is required{cut}")
     if theirs and draft.verb in TRAIN:
         lengths = ("num_train_epochs", "max_steps", "train_samples")
@@ -308,6 +315,7 @@ def _finish(draft: _Draft, env: Mapping[str, str]) -> Run:
         verb=draft.verb,
         dialect=draft.dialect,
         dry_run=values["dry_run"],
+        task=draft.task,
         target=draft.target,
         config_file=draft.config_file,
         provenance=draft.provenance,
@@ -359,9 +367,11 @@ def _derive(draft: _Draft) -> None:
         "eval_strategy": values["save_strategy"],
         "eval_steps": values["save_steps"],
         "data_seed": values["seed"],
-        "output_dir": {"export": _export_dir(values), "demo": draft.target or "demo_output"}.get(
-            draft.verb, os.path.join("megatron_output" if theirs else "output", name)
-        ),
+        "output_dir": {
+            "export": _export_dir(values),
+            "demo": draft.target or "demo_output",
+            "data": "data_output",
+        }.get(draft.verb, os.path.join("megatron_output" if theirs else "output", name)),
         "save_format": "mcore" if theirs and is_mcore(Path(values["model"] or "")) else "hf",
     }
     for flag, value in fallbacks.items():

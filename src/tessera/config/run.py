@@ -307,6 +307,19 @@ class ConvertArgs:
         return " ".join(part for part in parts if part)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardArgs:
+    """How shards are made of data and described, and how rows are looked at; ``split`` is the text ``9,1,0``."""
+
+    split: str | None
+    sample_type: str | None
+    field_map: Mapping[str, str] | None
+    shuffle_tars: bool
+    max_samples_per_tar: int
+    json: bool
+    num_samples: int
+
+
 ROOM_CLASSES: Mapping[str, type] = {
     "model": ModelArgs,
     "data": DataArgs,
@@ -319,6 +332,7 @@ ROOM_CLASSES: Mapping[str, type] = {
     "infer": InferArgs,
     "export": ExportArgs,
     "convert": ConvertArgs,
+    "shards": ShardArgs,
 }
 
 
@@ -327,9 +341,10 @@ class Run:
     """Everything a verb is told.
 
     ``dialect`` says whose names and defaults the command line was in; nothing but those depends on it.
-    ``target`` is the positional argument of ``report`` (a run directory) and ``demo``, ``config_file`` the YAML or JSON
-    file the flags came from, ``env`` the environment variables that had a say and those of the file's ``ENV`` block,
-    ``inert`` the accepted flags without effect, ``notes`` what to tell the user once before anything starts.
+    ``target`` is the positional argument of ``report`` (a run directory) and ``demo``, and what ``data`` converts or
+    prepares; ``task`` is what ``data`` does, in words. ``config_file`` is the YAML or JSON file the flags came from,
+    ``env`` the environment variables that had a say and those of the file's ``ENV`` block, ``inert`` the accepted flags
+    without effect, ``notes`` what to tell the user once before anything starts.
     """
 
     verb: str
@@ -345,7 +360,9 @@ class Run:
     infer: InferArgs
     export: ExportArgs
     convert: ConvertArgs
+    shards: ShardArgs
     dry_run: bool
+    task: tuple[str, ...]
     target: str | None
     config_file: str | None
     provenance: Provenance

@@ -111,6 +111,11 @@ class Loader:
         steps = self._count(epoch) / self.units_per_step
         return max(1, int(steps)) if self.drop_last else math.ceil(steps)
 
+    @property
+    def tokens_in_epoch(self) -> int:
+        """Tokens of the rows that the first epoch shows."""
+        return int(self.corpus.lengths[self.corpus.drawn(self.seed, 0, shuffle=self.shuffle)].sum())
+
     def state(self) -> dict[str, Any]:
         """Where the next step begins, as JSON; valid for any number of ranks and threads."""
         return {
@@ -255,10 +260,13 @@ class Loader:
         """The plan of an epoch; the latest one is kept."""
         held, units = self._plan
         if held != epoch:
-            lengths = self.corpus.lengths
+            drawn = self.corpus.drawn(self.seed, epoch, shuffle=self.shuffle)
+            lengths = self.corpus.lengths[drawn]
             units = plan_epoch(
                 lengths, self.seed, epoch, packing=self.packing, capacity=self.capacity, shuffle=self.shuffle
             )
+            if self.corpus.shares:
+                units = [tuple(drawn[list(unit)].tolist()) for unit in units]
             self._plan = (epoch, units)
             if self.packing and units and self.capacity:
                 self.efficiency = float(lengths.sum()) / (len(units) * self.capacity)
@@ -266,7 +274,7 @@ class Loader:
 
     def _count(self, epoch: int) -> int:
         """Units of an epoch."""
-        return len(self._units(epoch)) if self.packing else len(self.corpus)
+        return len(self._units(epoch)) if self.packing else self.corpus.epoch_rows
 
     def _total(self, epochs: float) -> int:
         whole = int(epochs)

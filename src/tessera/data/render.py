@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -125,7 +125,7 @@ class Renderer:
         kept = sample.messages[:-1] if sample.answer is not None else sample.messages
         if not kept:
             raise BadRow("nothing to answer: the row holds an assistant turn only")
-        asked = Sample(kept, sample.images, sample.videos, sample.tools)
+        asked = replace(sample, messages=kept)
         messages, media, slots = self._filled(asked, images, videos)
         text = self.template.render(messages, asked.tools, generation_prompt=True)
         return self._complete([(text, 0.0)], media, slots)

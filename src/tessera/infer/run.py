@@ -31,6 +31,7 @@ from tessera.config.errors import UserError
 from tessera.config.run import DataArgs, Run
 from tessera.data.corpus import Chosen, Skips, select
 from tessera.data.sample import BadRow
+from tessera.data.tables import place_of
 from tessera.infer.chat import Chat
 from tessera.infer.results import RULE, Results, result_file, result_row, shown, summary
 from tessera.infer.session import Question, Reply, Session
@@ -61,7 +62,7 @@ def main(run: Run, *, source: TextIO | None = None, sink: TextIO | None = None) 
     chosen = rows_of(run.data) if over_rows else []
     path = result_file(run.infer.result_path, result_home(run)) if over_rows else None
     if run.dry_run:
-        total = sum(len(indices) for _, indices in chosen)
+        total = sum(len(part.indices) for part in chosen)
         sink.write(f"would answer {total} rows into {path}\n" if path else "would start a conversation\n")
         return path
     session = _session(run, sink)
@@ -95,7 +96,7 @@ def answer_task(run: Run, sink: TextIO) -> Path:
     run = replace(run, infer=replace(asked, max_new_tokens=asked.max_new_tokens or TASK_TOKENS))
     session = _session(run, sink)
     with TaskResults(path, rows) as results:
-        closing = answer_rows(session, [(rows, np.arange(len(rows)))], results, sink, run)
+        closing = answer_rows(session, [Chosen(rows, np.arange(len(rows)))], results, sink, run)
     sink.write(f"{closing}\nanswers in {path}\n")
     sink.flush()
     return path
@@ -111,7 +112,7 @@ def _session(run: Run, sink: TextIO) -> Session:
 def rows_of(data: DataArgs) -> list[Chosen]:
     """The rows to answer: the validation rows if ``data`` has any, else all of ``--dataset`` in the file's order."""
     train, held = select(data)
-    return held or [(rows, np.sort(indices)) for rows, indices in train]
+    return held or [Chosen(chosen.rows, np.sort(chosen.indices)) for chosen in train]
 
 
 def result_home(run: Run) -> Path:
@@ -168,7 +169,7 @@ def _windows(session: Session, chosen: Sequence[Chosen], skips: Skips, run: Run,
         except BadRow as error:
             if run.data.strict:
                 raise UserError(f"--strict true: row {index} of {rows.name}: {error}") from None
-            skips.add(rows.name, index, str(error))
+            skips.add(rows.name, index, str(error), place_of(rows, index))
             continue
         window.append(_Item(question, rows.name, index))
         if len(window) == size:
@@ -184,7 +185,7 @@ def _seed(seed: int, number: int) -> int:
 
 
 def _listed(chosen: Sequence[Chosen], limit: int | None) -> Iterator[tuple[Any, int]]:
-    listed = ((rows, int(index)) for rows, indices in chosen for index in indices)
+    listed = ((part.rows, int(index)) for part in chosen for index in part.indices)
     return (pair for _, pair in zip(range(limit), listed, strict=False)) if limit is not None else listed
 
 

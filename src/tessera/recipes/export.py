@@ -19,7 +19,7 @@ import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,10 +117,10 @@ def limit_processor(directory: Path, run: Run, geometry: Geometry) -> None:
 
 
 @contextmanager
-def appearing(final: Path) -> Iterator[Path]:
+def appearing(final: Path, product: Sequence[str] = _PRODUCT) -> Iterator[Path]:
     """A hidden directory to write into; renamed to ``final`` at the end, removed if anything goes wrong.
 
-    An export that was there before steps aside for it; entries of the old one that no export writes are kept.
+    What was there before steps aside for it; entries of the old one that are no ``product`` (name patterns) are kept.
     """
     aside = final.with_name(f".writing-{final.name}")
     old = final.with_name(f".writing-{final.name}-old")
@@ -141,7 +141,7 @@ def appearing(final: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
     if old.exists():
         for entry in old.iterdir():
-            if not any(fnmatch.fnmatch(entry.name, pattern) for pattern in _PRODUCT):
+            if not any(fnmatch.fnmatch(entry.name, pattern) for pattern in product):
                 entry.rename(final / entry.name)
         shutil.rmtree(old)
 

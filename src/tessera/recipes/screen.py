@@ -48,7 +48,7 @@ def facts(
     held = [] if layout.is_single else fit.holdings(run, source, layout)
     train = loader.corpus
     steps = loader.steps_in_epoch(0)
-    per_step = float(train.lengths.sum()) / max(1, steps)
+    per_step = loader.tokens_in_epoch / max(1, steps)
     return RunFacts(
         model=str(run.model.model),
         family=source.family.name,
@@ -62,7 +62,7 @@ def facts(
         val_samples=len(val) if val is not None else 0,
         skipped_samples=len(train.skips),
         tokens_per_step=per_step,
-        samples_per_step=len(train) / max(1, steps),
+        samples_per_step=train.epoch_rows / max(1, steps),
         batch=_batch_words(run, loader),
         dtype=f"{'float32' if itemsize == 4 else run.model.torch_dtype or source.dtype_name} compute",
         optimizer=f"{run.train.optim}, {run.train.lr_scheduler_type}",
@@ -170,7 +170,7 @@ def dry_plan(run: Run, source: Source, loader: Loader, val: Corpus | None, mesh:
         f"model     {source.path} ({source.family.name}, {len(source.checkpoint.names)} tensors)",
         *_planned(run, source, loader, mesh, itemsize),
         f"data      {len(train):,} training rows, {len(val) if val is not None else 0:,} for validation, "
-        f"{len(train.skips):,} skipped; {int(train.lengths.sum()):,} tokens an epoch",
+        f"{len(train.skips):,} skipped; {loader.tokens_in_epoch:,} tokens an epoch",
         f"steps     {loader.total_steps:,} ({_batch_words(run, loader)})",
     ]
     if len(train.skips):
