@@ -239,6 +239,16 @@ class ExportArgs:
     exist_ok: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComposeArgs:
+    """What a new model is made of: ``vision`` and ``llm``, or ``config`` alone; ``aligner`` is a directory or init."""
+
+    vision: str | None
+    llm: str | None
+    aligner: str
+    config: str | None
+
+
 ROOM_CLASSES: Mapping[str, type] = {
     "model": ModelArgs,
     "data": DataArgs,
@@ -250,6 +260,7 @@ ROOM_CLASSES: Mapping[str, type] = {
     "parallel": ParallelArgs,
     "infer": InferArgs,
     "export": ExportArgs,
+    "compose": ComposeArgs,
 }
 
 
@@ -273,6 +284,7 @@ class Run:
     parallel: ParallelArgs
     infer: InferArgs
     export: ExportArgs
+    compose: ComposeArgs
     dry_run: bool
     target: str | None
     config_file: str | None

@@ -19,7 +19,7 @@ import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def write(run: Run) -> Path:
     if out.resolve() in inputs:
         raise UserError(f"--output_dir {out}: is what is being exported; choose another directory")
     # Checked before any weight is read: merging may take minutes.
-    _check_free(out, exist_ok=run.export.exist_ok)
+    check_free(out, exist_ok=run.export.exist_ok)
     if run.dry_run:
         return out
     dtype = dtype_of(run.model.torch_dtype) if _asked(run, "torch_dtype") and run.model.torch_dtype else None
@@ -116,10 +116,11 @@ def limit_processor(directory: Path, run: Run, geometry: Geometry) -> None:
 
 
 @contextmanager
-def appearing(final: Path) -> Iterator[Path]:
+def appearing(final: Path, also: Sequence[str] = ()) -> Iterator[Path]:
     """A hidden directory to write into; renamed to ``final`` at the end, removed if anything goes wrong.
 
-    An export that was there before steps aside for it; entries of the old one that no export writes are kept.
+    An export that was there before steps aside for it; entries of the old one are kept, but those that an export
+    writes, and the names in ``also``.
     """
     aside = final.with_name(f".writing-{final.name}")
     old = final.with_name(f".writing-{final.name}-old")
@@ -140,7 +141,7 @@ def appearing(final: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
     if old.exists():
         for entry in old.iterdir():
-            if not any(fnmatch.fnmatch(entry.name, pattern) for pattern in _PRODUCT):
+            if not any(fnmatch.fnmatch(entry.name, pattern) for pattern in (*_PRODUCT, *also)):
                 entry.rename(final / entry.name)
         shutil.rmtree(old)
 
@@ -169,7 +170,8 @@ def _stored(source: door.Source) -> Callable[[str], torch.dtype]:
     return lambda name: source.checkpoint.entries[source.weightmap.to_disk(name)].dtype
 
 
-def _check_free(out: Path, *, exist_ok: bool) -> None:
+def check_free(out: Path, *, exist_ok: bool) -> None:
+    """UserError unless ``out`` may be written: new, empty, or a model directory that may be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not exist_ok:

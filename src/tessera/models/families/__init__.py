@@ -17,6 +17,7 @@ FAMILIES: dict[str, str] = {
     "qwen3_vl_moe": "tessera.models.families.qwen3_vl_moe:FAMILY",
     "glm4v_moe": "tessera.models.families.glm4v_moe:FAMILY",
     "internvl": "tessera.models.families.internvl:FAMILY",
+    "composite": "tessera.models.families.composite:FAMILY",
     "qwen2": "tessera.models.families.qwen2:FAMILY",
     "qwen3": "tessera.models.families.qwen3:FAMILY",
     "qwen3_moe": "tessera.models.families.qwen3_moe:FAMILY",

@@ -12,14 +12,14 @@ from tessera.checkpoint import open as door
 from tessera.config.resolve import run_of
 from tessera.data.render import Renderer
 from tessera.data.sample import normalise
-from tessera.recipes import compose, demo
+from tessera.recipes import blueprint, demo
 from tessera.weights.hf import Checkpoint
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("composed") / "model"
-    assert compose.compose(demo.BLUEPRINT, ["123456", "47+8=55"] * 10, folder, seed=7) > 1_000_000
+    assert blueprint.compose(demo.BLUEPRINT, ["123456", "47+8=55"] * 10, folder, seed=7) > 1_000_000
     return folder
 
 
@@ -33,7 +33,7 @@ def test_opens_and_accounts_for_every_tensor(model: Path) -> None:
 def test_seed_decides_the_weights(model: Path, tmp_path: Path) -> None:
     for seed, same in ((7, True), (8, False)):
         folder = tmp_path / str(seed)
-        compose.compose(demo.BLUEPRINT, ["1"], folder, seed)
+        blueprint.compose(demo.BLUEPRINT, ["1"], folder, seed)
         first, second = Checkpoint(model), Checkpoint(folder)
         name = next(name for name in first.names if name.endswith("embed_tokens.weight"))
         assert torch.equal(first.read(name), second.read(name)) is same
