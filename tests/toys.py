@@ -49,6 +49,7 @@ TEMPLATES: Mapping[str, str] = {
     "qwen3_vl_moe": _TURNS,
     "glm4v_moe": _TURNS,
     "internvl": _TURNS,
+    "composite": _DEFAULT_SYSTEM + _TURNS,
 }
 """Chat templates shaped like the families': ChatML, with or without a default system turn."""
 

@@ -19,6 +19,9 @@ from tessera.models.tower import channel_major, normalise
 from tessera.models.vlm import VLM
 
 VLMS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v_moe", "internvl")
+OWN = ("composite",)
+"""Families that transformers does not have; their references are put together in ``test_composite.py``."""
+SEEING = (*VLMS, *OWN)
 TEXTS = ("qwen2", "qwen3", "llama", "qwen3_moe")
 Sample = Sequence[int | Grid]
 """A segment as numbers of text tokens and image grids, in order."""

@@ -39,7 +39,7 @@ Shape = tuple[int, ...]
 GROUPS: Mapping[str, str] = {"vit": "--vision", "aligner": "--aligner", "llm": "--llm"}
 """The flag that says where a group comes from."""
 
-BLOCK = 32 * 2**20
+BLOCK = 16 * 2**20
 """Bytes of a tensor that are read before they are written."""
 
 
@@ -84,10 +84,13 @@ class Part:
         """Our tensor ``name`` in blocks of whole rows, and where in it each belongs."""
         shape, pieces, dtype = self.shapes[name], self.pieces(name), self.dtype(name)
         for region in blocks(shape, dtype):
-            size = [cut.stop - cut.start for cut in region]
-            value = torch.empty(size, dtype=dtype)
-            for where, found in hf.regions(self.source.checkpoint, pieces, region):
-                value[where].copy_(found)
+            found = hf.regions(self.source.checkpoint, pieces, region)
+            if len(pieces) == 1:
+                yield region, next(found)[1]
+                continue
+            value = torch.empty([cut.stop - cut.start for cut in region], dtype=dtype)
+            for where, piece in found:
+                value[where].copy_(piece)
             yield region, value
 
     def check_ties(self) -> None:
