@@ -51,6 +51,7 @@ TEMPLATES: Mapping[str, str] = {
     "internvl": _TURNS,
     "internvl_chat": _TURNS,
     "NVLM_D": _TURNS,
+    "composite": _DEFAULT_SYSTEM + _TURNS,
 }
 """Chat templates shaped like the families': ChatML, with or without a default system turn."""
 

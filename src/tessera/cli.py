@@ -32,6 +32,7 @@ ENTRY: Mapping[str, str] = {
     "sft": "tessera.recipes.supervised:main",
     "infer": "tessera.infer.run:main",
     "export": "tessera.recipes.export:main",
+    "compose": "tessera.recipes.compose:main",
     "data": "tessera.recipes.data:main",
     "report": "tessera.observe.report:main",
     "demo": "tessera.recipes.demo:main",

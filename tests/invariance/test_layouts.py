@@ -52,7 +52,7 @@ class Row:
 
 
 A2A, LOCAL = Spread(cp_comm="a2a"), Spread(vision_balance=False)
-DENSE = ("qwen2", "qwen3", "llama", "qwen2_5_vl", "qwen3_vl", "internvl", "NVLM_D")
+DENSE = ("qwen2", "qwen3", "llama", "qwen2_5_vl", "qwen3_vl", "internvl", "NVLM_D", "composite")
 SPARSE = ("qwen3_moe", "qwen3_vl_moe", "glm4v_moe")
 INTERLEAVED = {"schedule": "interleaved", "chunks": 2, "layers": 8}
 ZERO_BUBBLE = {"schedule": "zero_bubble", "chunks": 2, "layers": 8}

@@ -22,6 +22,9 @@ from tests.parity.plain import PlainTiles
 VLMS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v_moe", "internvl", "internvl_chat", "NVLM_D")
 REMOTE = ("internvl_chat", "NVLM_D")
 """Families whose checkpoints bring their own code: transformers does not know their names."""
+OWN = ("composite",)
+"""Families that transformers does not have; their references are put together in ``test_composite.py``."""
+SEEING = (*VLMS, *OWN)
 TEXTS = ("qwen2", "qwen3", "llama", "qwen3_moe")
 Sample = Sequence[int | Grid]
 """A segment as numbers of text tokens and image grids, in order."""

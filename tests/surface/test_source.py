@@ -50,8 +50,8 @@ def stems() -> set[str]:
 
 
 def test_no_family_name_in_shared_rooms() -> None:
-    # "llama3" is also what config files of every family call one way to stretch RoPE.
-    found = complaints(checks.family_names(stems(), allowed=["llama3"]), MODULES)
+    # "llama3" is also what config files of every family call one way to stretch RoPE, "composite" an ordinary word.
+    found = complaints(checks.family_names(stems(), allowed=["llama3", "composite"]), MODULES)
     assert not found, "\n".join(["", *found])
 
 

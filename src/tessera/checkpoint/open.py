@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,14 @@ class Source:
         return next((str(name) for name in found if name), "float32")
 
 
-def locate(model: str) -> Path:
-    """The directory of ``--model``: a local path, else a repository id looked up in the hub's cache, then online."""
+def locate(model: str, flag: str = "--model") -> Path:
+    """The directory that ``flag`` names: a local path, else a repository id in the hub's cache, or online."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
     if looks_local:
-        raise UserError(f"--model {model}: no such directory")
+        raise UserError(f"{flag} {model}: no such directory")
     import huggingface_hub
 
     try:
@@ -77,7 +77,7 @@ def locate(model: str) -> Path:
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"--model {model}: neither a directory here nor a repository that can be downloaded ({first})"
+            f"{flag} {model}: neither a directory here nor a repository that can be downloaded ({first})"
         ) from error
 
 
@@ -99,15 +99,8 @@ def describe(args: ModelArgs) -> Source:
     if not args.model:
         raise UserError("--model is missing: give a model directory or a Hugging Face repository id", exit_code=2)
     path = locate(args.model)
-    if is_mcore(path):
-        return describe_mcore(path, args)
-    config = read_json(path / "config.json", required=True)
-    preprocessor = read_json(path / "preprocessor_config.json")
-    preprocessor = preprocessor or read_json(path / "processor_config.json").get("image_processor", {})
-    family = family_of(config)
-    config = _with_tokens(path, config, family)
-    geometry = family.geometry(config, preprocessor)
-    geometry = geometry.limited(
+    source = describe_mcore(path, args) if is_mcore(path) else read(path)
+    geometry = source.geometry.limited(
         min_pixels=args.min_pixels,
         max_pixels=args.max_pixels,
         video_max_pixels=args.video_max_pixels,
@@ -115,6 +108,17 @@ def describe(args: ModelArgs) -> Source:
         max_tiles=args.max_num,
         tiling=args.use_tiling,
     )
+    return replace(source, geometry=geometry)
+
+
+def read(path: Path) -> Source:
+    """What the model directory ``path`` says about itself, without a user's limits; UserError as :func:`describe`."""
+    config = read_json(path / "config.json", required=True)
+    preprocessor = read_json(path / "preprocessor_config.json")
+    preprocessor = preprocessor or read_json(path / "processor_config.json").get("image_processor", {})
+    family = family_of(config)
+    config = _with_tokens(path, config, family)
+    geometry = family.geometry(config, preprocessor)
     checkpoint = Checkpoint(path)
     weightmap = family.weightmap(config, list(checkpoint.names))
     return Source(path, config, preprocessor, family, geometry, family.plan(config), checkpoint, weightmap)

@@ -46,7 +46,7 @@ from tessera.config.sources import Sources, is_mcore
 from tessera.config.tasks import data_task
 
 VISION = ("max_pixels", "min_pixels", "video_max_pixels", "fps", "fps_max_frames", "max_num")
-LATER = ("rlhf", "deploy", "eval", "compose", "plan", "rollout", "app", "web-ui", "sample")
+LATER = ("rlhf", "deploy", "eval", "plan", "rollout", "app", "web-ui", "sample")
 
 
 @dataclass
@@ -293,6 +293,20 @@ def _require(draft: _Draft, words: Words) -> None:
             raise usage_error(f"{command}: --max_epochs, --train_iters or --train_samples is required{cut}")
     if draft.verb == "report" and draft.target is None:
         raise usage_error("tessera report RUN: the directory of a run is required")
+    if draft.verb == "compose":
+        _require_parts(values)
+
+
+def _require_parts(values: Mapping[str, Any]) -> None:
+    """Two models, or a description of one; and a place."""
+    given = [f"--{name}" for name in ("vision", "llm") if values[name] is not None]
+    if values["config"] is not None and given:
+        raise usage_error(f"--config makes a model of random weights; it does not go with {' and '.join(given)}")
+    if values["config"] is None and len(given) < 2:
+        lacking = " and ".join(name for name in ("--vision", "--llm") if name not in given)
+        raise usage_error(f"tessera compose: {lacking} {'is' if given else 'are'} required (or --config alone)")
+    if values["output_dir"] is None:
+        raise usage_error("tessera compose: --output_dir is required")
 
 
 def _finish(draft: _Draft, env: Mapping[str, str]) -> Run:
@@ -337,6 +351,9 @@ def _paths(draft: _Draft) -> None:
     values["mcore_adapters"] = tuple(_local("--mcore_adapters", adapter) for adapter in values["mcore_adapters"])
     if draft.given("adapters"):
         values["adapters"] = tuple(_local("--adapters", adapter) for adapter in values["adapters"])
+    for name in ("vision", "llm", "aligner"):
+        if draft.given(name) and values[name] != "init":
+            values[name] = _local(f"--{name}", values[name])
     if values["system"] is not None and draft.given("system"):
         text: str = values["system"]
         if text.endswith(".txt"):

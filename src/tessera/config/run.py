@@ -320,6 +320,16 @@ class ShardArgs:
     num_samples: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComposeArgs:
+    """What a new model is made of: ``vision`` and ``llm``, or ``config`` alone; ``aligner`` is a directory or init."""
+
+    vision: str | None
+    llm: str | None
+    aligner: str
+    config: str | None
+
+
 ROOM_CLASSES: Mapping[str, type] = {
     "model": ModelArgs,
     "data": DataArgs,
@@ -333,6 +343,7 @@ ROOM_CLASSES: Mapping[str, type] = {
     "export": ExportArgs,
     "convert": ConvertArgs,
     "shards": ShardArgs,
+    "compose": ComposeArgs,
 }
 
 
@@ -361,6 +372,7 @@ class Run:
     export: ExportArgs
     convert: ConvertArgs
     shards: ShardArgs
+    compose: ComposeArgs
     dry_run: bool
     task: tuple[str, ...]
     target: str | None

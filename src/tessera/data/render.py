@@ -96,11 +96,10 @@ class Renderer:
         self, model_dir: str | Path, geometry: Geometry, system: str | None = None, loss_scale: str = "default"
     ) -> None:
         directory = Path(model_dir)
-        config = _read_json(directory / "tokenizer_config.json")
-        tokens = _special_tokens(config, directory)
+        tokens = special_tokens(directory)
         self.geometry = geometry
         self.tokenizer = _tokenizer(directory)
-        self.template = ChatTemplate(_template_source(directory, config, self.tokenizer), tokens)
+        self.template = ChatTemplate(_template_source(directory, self.tokenizer), tokens)
         self.system = system
         self.loss_scale = loss_scale
         eos = tokens.get("eos_token")
@@ -307,24 +306,34 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _special_tokens(config: dict[str, Any], directory: Path) -> dict[str, str]:
+def special_tokens(directory: Path) -> dict[str, str]:
     """``bos_token``, ``eos_token`` ... as text, from the tokenizer's config files."""
-    merged = {**_read_json(directory / "special_tokens_map.json"), **config}
+    files = ("special_tokens_map.json", "tokenizer_config.json")
+    merged = {key: value for file in files for key, value in _read_json(directory / file).items()}
     named = {name: value for name, value in merged.items() if name.endswith("_token")}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _template_source(directory: Path, config: dict[str, Any], tokenizer: Tokenizer) -> str:
-    """The chat template's jinja source, wherever the checkpoint keeps it."""
+def stored_template(directory: Path) -> str | None:
+    """The chat template's jinja source, wherever the checkpoint in ``directory`` keeps it; None if it has none."""
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    for held in (_read_json(directory / "chat_template.json").get("chat_template"), config.get("chat_template")):
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        held = _read_json(directory / name).get("chat_template")
         if isinstance(held, list):  # several named templates
             held = next((entry["template"] for entry in held if entry.get("name") == "default"), None)
         if isinstance(held, str):
             return held
+    return None
+
+
+def _template_source(directory: Path, tokenizer: Tokenizer) -> str:
+    """The chat template of the checkpoint, or ChatML where its tokens suggest that."""
+    stored = stored_template(directory)
+    if stored is not None:
+        return stored
     if tokenizer.token_to_id("<|im_start|>") is not None and tokenizer.token_to_id("<|im_end|>") is not None:
         return CHATML
     raise UserError(f"{directory} has no chat template: put a chat_template.jinja there")

@@ -38,7 +38,8 @@ from tessera.weights import hf, hub
 ARGS_FILE = "args.json"
 LIMITS = ("max_pixels", "min_pixels", "max_num", "use_tiling")
 """Flags that say how an image is shown."""
-_PRODUCT = (*hf.SIDE_FILES, "*.safetensors", "*.safetensors.index.json", ARGS_FILE)
+PRODUCT = (*hf.SIDE_FILES, "*.safetensors", "*.safetensors.index.json", ARGS_FILE)
+"""Name patterns of what an export writes."""
 
 
 def main(run: Run, *, endpoint: str | None = None) -> Path:
@@ -73,7 +74,7 @@ def write(run: Run) -> Path:
     if out.resolve() in inputs:
         raise UserError(f"--output_dir {out}: is what is being exported; choose another directory")
     # Checked before any weight is read: merging may take minutes.
-    _check_free(out, exist_ok=run.export.exist_ok)
+    check_free(out, exist_ok=run.export.exist_ok)
     if run.dry_run:
         return out
     dtype = dtype_of(run.model.torch_dtype) if _asked(run, "torch_dtype") and run.model.torch_dtype else None
@@ -117,7 +118,7 @@ def limit_processor(directory: Path, run: Run, geometry: Geometry) -> None:
 
 
 @contextmanager
-def appearing(final: Path, product: Sequence[str] = _PRODUCT) -> Iterator[Path]:
+def appearing(final: Path, product: Sequence[str] = PRODUCT) -> Iterator[Path]:
     """A hidden directory to write into; renamed to ``final`` at the end, removed if anything goes wrong.
 
     What was there before steps aside for it; entries of the old one that are no ``product`` (name patterns) are kept.
@@ -170,7 +171,8 @@ def _stored(source: door.Source) -> Callable[[str], torch.dtype]:
     return lambda name: source.checkpoint.entries[source.weightmap.to_disk(name)].dtype
 
 
-def _check_free(out: Path, *, exist_ok: bool) -> None:
+def check_free(out: Path, *, exist_ok: bool) -> None:
+    """UserError unless ``out`` may be written: new, empty, or a model directory that may be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not exist_ok:

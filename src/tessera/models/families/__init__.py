@@ -19,6 +19,7 @@ FAMILIES: dict[str, str] = {
     "internvl": "tessera.models.families.internvl:FAMILY",
     "internvl_chat": "tessera.models.families.internvl_chat:FAMILY",
     "NVLM_D": "tessera.models.families.nvlm_d:FAMILY",
+    "composite": "tessera.models.families.composite:FAMILY",
     "qwen2": "tessera.models.families.qwen2:FAMILY",
     "qwen3": "tessera.models.families.qwen3:FAMILY",
     "qwen3_moe": "tessera.models.families.qwen3_moe:FAMILY",
