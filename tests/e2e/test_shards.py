@@ -129,6 +129,19 @@ def test_convert_and_prepare_at_once_or_not_at_all(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["elsewhere", "root"]
 
 
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = llava(tmp_path / "root")
+    before = files(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tarfile.TarFile.addfile", full)
+    done = tessera("data", "convert", "llava", root)
+    assert (done.code, "writing failed: No space left on device" in done.error) == (1, True)
+    assert files(tmp_path) == before
+
+
 def test_entries_left_out_are_listed_and_too_many_stop_it(tmp_path: Path) -> None:
     root = llava(tmp_path / "root")
     lost = sorted((root / "images").iterdir())[4]

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from tessera.config.errors import UserError
-from tessera.data.shards.folder import SHARD, holds_shards, open_folder, open_plain, prepared
+from tessera.data.shards.folder import SHARD, holds_shards, open_folder, open_plain, prepared, shards_below
 from tessera.data.shards.metadataset import is_metadataset, open_blend
 from tessera.data.tables import Joined, Rows, Table, open_file, open_saved
 
@@ -180,7 +180,7 @@ def _directory(path: Path, spec: DatasetSpec) -> Rows:
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _FILES and f.name not in _SIDECARS)
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     structured = [file for file in files if file.suffix.lower() != ".txt"]
-    if not structured and any(path.rglob(f"*{SHARD}")):
+    if not structured and shards_below(path):
         return open_plain(path, f"--dataset {spec.text}")
     if not files:
         raise UserError(f"--dataset {spec.text}: no .tar, .jsonl, .json, .csv, .parquet or .txt file in {path}")

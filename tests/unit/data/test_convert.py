@@ -21,6 +21,12 @@ from tests.shards import turns
 from tests.toys import chat, make_images, write_rows
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's cache directory is a directory of the test's."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
 def llava(root: Path, count: int = 5) -> list[str]:
     """A LLaVA-Pretrain root; the image files."""
     images = make_images(root / "images" / "000", [(56 + i, 48) for i in range(count)])

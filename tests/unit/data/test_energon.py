@@ -20,6 +20,12 @@ from tests.shards import FIELD_MAP, make_shards
 energon = pytest.importorskip("megatron.energon", reason="megatron-energon is not installed")
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's cache directory is a directory of the test's."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
 def task_encoder() -> Any:
     """One that leaves samples as they are, but for decoding their images."""
 

@@ -347,3 +347,25 @@ def test_names_collapse_and_expand_again() -> None:
     assert [name for text in short for name in expanded(text)] == names
     assert short[:4] == ["p-{0..1}.tar", "p-{10..11}.tar", "p-{2..3}.tar", "p-5.tar"]
     assert sorted(["p-10.tar", "p-9.tar", "a"], key=natural) == ["a", "p-9.tar", "p-10.tar"]
+
+
+def test_hidden_shards_are_none(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "wds", 2, 1)
+    shutil.copytree(folder, folder / ".writing-more")
+    assert len(opened(folder)) == 2
+    assert list(prepare(folder, "1,0,0").counts) == ["pretrain-0.tar", "pretrain-1.tar"]
+
+
+def test_a_folder_inside_a_prepared_one_is_its_shards(tmp_path: Path) -> None:
+    for name, count in (("first", 2), ("second", 3)):
+        make_shards(tmp_path / "wds" / name, count, 1)
+    for path in (tmp_path / "wds" / "second").glob("*.tar"):  # keys must differ
+        samples = [(f"s{path.stem}", {"txt": b"t"})]
+        write_tar(path, samples)
+    shutil.rmtree(tmp_path / "wds" / "first-images")
+    shutil.rmtree(tmp_path / "wds" / "second-images")
+    prepare(tmp_path / "wds", "2,3,0")
+    assert len(opened(tmp_path / "wds")) == 2
+    second = opened(tmp_path / "wds" / "second")
+    assert [place_of(second, i) for i in range(3)] == [f"second/pretrain-{i}.tar: spretrain-{i}" for i in range(3)]
+    assert second[0] == {"text": "t"}

@@ -16,6 +16,12 @@ from tests.shards import make_shards, turns, write_tar
 from tests.toys import chat, chats, make_geometry, make_images, make_tokenizer_dir, write_rows
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's cache directory is a directory of the test's."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
 def surveyed(path: Path, **more: Any) -> Survey:
     return survey(datasets_of([str(path)]), **more)
 

@@ -46,14 +46,14 @@ def open_folder(path: Path, parts: Sequence[str], label: str, default: str = "tr
     if folder is None:
         return open_plain(path, label)
     meta = read_meta(folder, label)
-    chosen = list(parts) or [default]
+    inside = path.relative_to(folder).as_posix() if path != folder and path.name != META else ""
+    chosen = list(parts) or ["all" if inside else default]
     if chosen == ["all"]:
         chosen = list(meta.splits)
     for name in chosen:
         if name not in meta.splits:
             raise UserError(f"{label}: no split part {name!r} (has {_sizes(meta.splits)})")
     names = [shard for name in chosen for shard in meta.splits[name] if shard not in meta.exclude]
-    inside = path.relative_to(folder).as_posix() if path != folder and path.name != META else ""
     if inside:
         names = [name for name in names if name.startswith(f"{inside}/")]
     if not names:
@@ -61,18 +61,24 @@ def open_folder(path: Path, parts: Sequence[str], label: str, default: str = "tr
             f"{label}: split part {'/'.join(chosen)} holds no shards (has {_sizes(meta.splits)}); "
             "name another part, e.g. DIR:train"
         )
-    name = str(folder) + ("" if chosen == ["train"] else f":{'/'.join(chosen)}")
+    name = str(path) if inside else str(folder) + ("" if chosen == ["train"] else f":{'/'.join(chosen)}")
     without = {(names.index(shard), key) for shard, key in _sample_excludes(meta.exclude, names)}
     return Samples(name, meta.shards(names), names, meta.form, without)
 
 
 def open_plain(path: Path, label: str) -> Samples:
     """The rows of all shards below ``path``, or of the one shard it is."""
-    files = [path] if path.is_file() else sorted(path.rglob(f"*{SHARD}"), key=natural)
+    files = [path] if path.is_file() else sorted(shards_below(path), key=natural)
     if not files:
         raise UserError(f"{label}: no {SHARD} file in {path}")
     names = [file.name if path.is_file() else file.relative_to(path).as_posix() for file in files]
     return Samples(str(path), [walked(file, cache_directory()) for file in files], names, guessed)
+
+
+def shards_below(path: Path) -> list[Path]:
+    """The shards in a directory and below it, but for hidden ones."""
+    found = path.rglob(f"*{SHARD}")
+    return [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
 
 
 class Meta:

@@ -27,7 +27,7 @@ import numpy as np
 from tessera.config.errors import UserError
 from tessera.data.sample import BadRow
 from tessera.data.shards.fields import Fields
-from tessera.data.shards.folder import META, SHARD, collapsed
+from tessera.data.shards.folder import META, SHARD, collapsed, shards_below
 from tessera.data.shards.forms import FORMS, form_of
 from tessera.data.shards.tar import Place, opened, samples
 
@@ -88,7 +88,7 @@ def prepare(
     """
     if not folder.is_dir():
         raise UserError(f"tessera data prepare {folder}: no such directory")
-    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob(f"*{SHARD}"))
+    names = sorted(file.relative_to(folder).as_posix() for file in shards_below(folder))
     if not names:
         raise UserError(f"tessera data prepare {folder}: no {SHARD} file in it")
     shares = parse_split(split)
