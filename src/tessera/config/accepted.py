@@ -79,7 +79,6 @@ REASONS: Mapping[str, Mapping[str, str]] = {
         "b": "mlp_padding_free",
         "i": "max_padding_length",
     },
-    "--split_dataset_ratio and --val_dataset say what validation is": {"s": "split"},
     "every log line holds it, or the run's page": {
         "b": "log_params_norm log_throughput log_num_zeros_in_grad log_timers_to_tensorboard "
         "no_log_learning_rate_to_tensorboard log_validation_ppl_to_tensorboard log_memory_to_tensorboard",

@@ -324,7 +324,7 @@ REST = (
     F("max_batch_size", "infer", "int", 8, "rows generated together", low=1),
     F("result_path", "infer", "str", None, "JSON lines of answers; infer_result/<time>.jsonl if not given"),
     F("val_dataset_sample", "infer", "int", None, "answer only the first N rows", low=1),
-    F("task", "infer", "str", None, "ask a benchmark's questions as NVLM's scripts do (docs/inference.md)",
+    F("task", "infer", "str", None, "ask a benchmark's questions as Megatron-LM's scripts do (docs/inference.md)",
       choices=("captioning", "TextVQA", "VQAv2", "ChartQA", "InfoVQA", "SPDocVQA", "AI2D", "OCRBench", "RealworldQA",
                "MathVista", "MMMU")),
     F("input_image_path", "infer", "str", None, "task: folder of its images, or of its parquet files"),

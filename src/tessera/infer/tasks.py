@@ -1,11 +1,11 @@
-"""Benchmarks in their published files, asked the way NVIDIA's NVLM scripts ask and written the way they write.
+"""Benchmarks in their published files, asked and answered as Megatron-LM's multimodal scripts do it.
 
-    tessera infer --task TextVQA --input_image_path IMAGES --gt_path TextVQA_0.5.1_val.json --output_path out/nvlm
+    tessera infer --task TextVQA --input_image_path IMAGES --gt_path TextVQA_0.5.1_val.json --output_path out/vlm
 
 A task knows four things: where its questions are, which image belongs to which, the words around a question, and what
 the answer is called in the output, one JSON object a line::
 
-    out/nvlm-TextVQA-dprank=0-partition=0.jsonl
+    out/vlm-TextVQA-dprank=0-partition=0.jsonl
     {"sample_id": 34602, "prompt": "what is the brand?\\n...", "answer": "nokia", "gt_answer": ["nokia", ...]}
 
 Captioning takes every image of a folder, its number from its name, and its truths from COCO's ``annotations``. MMMU and
