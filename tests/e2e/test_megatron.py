@@ -176,7 +176,7 @@ def test_what_is_not_connected_says_so(tmp_path: Path) -> None:
 @pytest.mark.parallel
 @pytest.mark.timeout(600)
 def test_sixteen_ranks_of_pai(tmp_path: Path) -> None:
-    """TP 4 x PP 4 with EP 4, the worked example of Pai's page, at toy size: a smaller batch, shorter rows, three steps."""
+    """TP 4, PP 4, EP 4: the worked example of Pai's page at toy size: a smaller batch, shorter rows, three steps."""
     model = make_model_dir(tmp_path / "model", "qwen3_vl_moe", num_hidden_layers=8, num_key_value_heads=4)
     rows = write_rows(tmp_path / "rows.jsonl", chats(24, make_images(tmp_path / "images", [(64, 48), (90, 60)])))
     words = "dsw A3B 1 8 1e-5 1e-6 256 256 bf16 4 4 1 1 4 true true true false false 100000"
