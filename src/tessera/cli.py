@@ -82,7 +82,8 @@ def _main(words: list[str]) -> int:
     run = resolve(words, os.environ)
     if scripts.find(words) is not None:
         words, _ = scripts.translated(words, os.environ)
-        print(f"runs: {shlex.join(_masked(['tessera', *words]))}", flush=True)
+        if _rank() == 0:
+            print(f"runs: {shlex.join(_masked(['tessera', *words]))}", flush=True)
     for name, value in run.env.items():
         os.environ.setdefault(name, value)
     if not under_launcher(os.environ) and run.verb in TRAIN and not run.dry_run and _several(run):

@@ -170,3 +170,23 @@ def test_what_is_not_connected_says_so(tmp_path: Path) -> None:
     done = tessera("megatron", "sft", "--load", mcore, "--save_format", "hf", *common)
     assert "Megatron checkpoints are not readable yet" in done.error
     assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+@pytest.mark.timeout(600)
+def test_sixteen_ranks_of_pai(tmp_path: Path) -> None:
+    """TP 4, PP 4, EP 4: the worked example of Pai's page at toy size: a smaller batch, shorter rows, three steps."""
+    model = make_model_dir(tmp_path / "model", "qwen3_vl_moe", num_hidden_layers=8, num_key_value_heads=4)
+    rows = write_rows(tmp_path / "rows.jsonl", chats(24, make_images(tmp_path / "images", [(64, 48), (90, 60)])))
+    words = "dsw A3B 1 8 1e-5 1e-6 256 256 bf16 4 4 1 1 4 true true true false false 100000"
+    out = tmp_path / "sft_output_mcore_Qwen3-VL-30B-A3B"
+    text = f"tessera megatron examples/qwen3_vl/run_mcore_qwen.sh {words} {rows} {rows} {model} 3 1 {out}"
+    done = shell(text, tmp_path, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    assert done.code == 0, done.err[-3000:]
+    assert "--nproc_per_node 16" in done.out
+    assert {"checkpoint-3", "images", "logging.jsonl"} <= {path.name for path in out.iterdir()}
+    assert len([row for row in rows_of(out / "logging.jsonl") if "loss" in row]) == 3
+    before, after = tensors(model), tensors(out / "checkpoint-3")
+    assert before.keys() == after.keys()
+    assert all(torch.isfinite(value).all() for value in after.values())
