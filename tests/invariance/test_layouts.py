@@ -98,6 +98,8 @@ EXPERTS: list[tuple[int, dict[str, int], dict[str, Any]]] = [
     (8, {"pp": 2, "ep": 2, "cp": 2, "tp": 2}, {}),
 ]
 MORE = [
+    Row(2, {"ep": 2}, "internvl_chat+qwen3_moe"),
+    Row(4, {"ep": 2, "tp": 2}, "internvl_chat+qwen3_moe", flags=LORA),
     Row(4, {"tp": 2, "zero": 3}),
     Row(4, {"tp": 2, "zero": 0}),
     Row(4, {"tp": 2}, spread=LOCAL),
@@ -130,7 +132,8 @@ def matrix() -> list[Any]:
 
 
 def config_for(row: Row) -> dict[str, Any]:
-    config = config_of(row.model)
+    name, _, decoder = row.model.partition("+")
+    config = config_of(name, **({"llm_config": config_of(decoder)} if decoder else {}))
     if row.layers is not None:
         text = dict(text_config(config))
         text["num_hidden_layers"] = row.layers

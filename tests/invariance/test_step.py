@@ -106,10 +106,11 @@ def test_two_ranks_are_one_process(stage: int) -> None:
         ("qwen3_vl", {"train_type": "lora", "freeze_vit": True, "freeze_aligner": True}),
         ("qwen3_vl", {"freeze_llm": True, "freeze_vit": True}),
         ("qwen3_vl", {"freeze_vit": True, "freeze_aligner": True}),
+        pytest.param("NVLM_D", {"freeze_llm": True, "freeze_vit": True}, marks=pytest.mark.parallel),
         ("glm4v_moe", {}),
         ("qwen3_vl_moe", {"train_type": "lora", "freeze_vit": True, "freeze_aligner": True}),
     ],
-    ids=["all", "lora", "aligner-only", "llm-only", "experts", "experts-lora"],
+    ids=["all", "lora", "aligner-only", "llm-only", "tagged-aligner-only", "experts", "experts-lora"],
 )
 def test_two_ranks_are_one_process_whatever_is_frozen(name: str, flags: dict[str, Any]) -> None:
     want = single_process(name, 1, **flags)

@@ -145,7 +145,7 @@ def _with_tokens(path: Path, config: dict[str, Any], family: Family) -> dict[str
         if found is None:
             raise UserError(
                 f"{path}: the tokenizer has no token {' or '.join(texts)}, which stands for an image; "
-                f"add it there and a row for it to the embedding, or set {name}_id in config.json"
+                f"add it there and a row for it to the embedding, or set {name} and {name}_id in config.json"
             )
         config = {**config, name: found, f"{name}_id": known[found]}
     return config

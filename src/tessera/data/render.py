@@ -350,10 +350,15 @@ def _tokenizer(directory: Path) -> Tokenizer:
         except Exception as error:  # noqa: BLE001 - the library raises bare Exception
             raise UserError(f"{file} cannot be read as a tokenizer: {error}") from None
     else:
-        from transformers import AutoTokenizer
+        import transformers
 
+        # Asked for by its class, a tokenizer does not look at config.json, which may name code that nobody runs here.
+        named = _read_json(directory / "tokenizer_config.json").get("tokenizer_class")
+        kind = str(named) if named in transformers.__all__ else "AutoTokenizer"
         try:
-            tokenizer = AutoTokenizer.from_pretrained(directory).backend_tokenizer
+            tokenizer = (
+                getattr(transformers, kind).from_pretrained(directory, trust_remote_code=False).backend_tokenizer
+            )
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{directory} holds no usable tokenizer (tokenizer.json): {error}") from None
     tokenizer.no_padding()

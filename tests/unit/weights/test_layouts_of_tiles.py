@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from tessera.checkpoint import open as door
 from tessera.config.errors import UserError
 from tessera.config.resolve import run_of
+from tessera.data.render import Renderer
 from tessera.models.families import family_of
 from tessera.models.vlm import VLM
 from tessera.weights import hf
@@ -139,7 +141,32 @@ def test_a_tokenizer_without_an_image_token_is_refused(tmp_path: Path) -> None:
     path = make_model_dir(tmp_path / "model", "NVLM_D")
     file = path / "tokenizer.json"
     file.write_text(file.read_text().replace("<|vision_pad|>", "<|other|>"))
-    with pytest.raises(UserError, match=r"no token <\|vision_pad\|> or <image>, .* set image_token_id in config.json"):
+    with pytest.raises(UserError, match=r"no token <\|vision_pad\|> or <image>, .* set image_token and image_token_id"):
         opened(path)
     file.write_text(file.read_text().replace("<|other|>", "<image>"))
     assert opened(path)[1].geometry.placeholder == {"image": "<Image><image></Image>"}
+
+
+def test_a_tokenizer_in_pieces_beside_modelling_code(tmp_path: Path) -> None:
+    """``vocab.json`` and ``merges.txt`` instead of ``tokenizer.json``, and a config that names code of its own."""
+    path = make_model_dir(tmp_path / "model", "internvl_chat")
+    held = json.loads((path / "tokenizer.json").read_text())
+    special = [token["content"] for token in held["added_tokens"]]
+    plain = [token for token in held["model"]["vocab"] if token not in special]
+    added = {token: len(plain) + index for index, token in enumerate(special)}
+    (path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(plain)}))
+    merges = [" ".join(pair) for pair in held["model"]["merges"]]
+    (path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (path / "added_tokens.json").write_text(json.dumps(added))
+    decoder = {str(index): {"content": token, "special": True} for token, index in added.items()}
+    named = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": decoder, "eos_token": "<|im_end|>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(named))
+    config = json.loads((path / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"}
+    (path / "config.json").write_text(json.dumps(config))
+    expected = Tokenizer.from_file(str(path / "tokenizer.json")).encode("<img><IMG_CONTEXT></img>\nWhat is it?").tokens
+    (path / "tokenizer.json").unlink()
+    _, source = opened(path)
+    renderer = Renderer(path, source.geometry)
+    assert renderer.tokenizer.encode("<img><IMG_CONTEXT></img>\nWhat is it?").tokens == expected
+    assert source.geometry.pad_ids == {"image": added["<IMG_CONTEXT>"]}
