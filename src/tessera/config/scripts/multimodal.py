@@ -47,10 +47,19 @@ PRETRAIN: Mapping[str, str] = {
     "lr": "1e-4",
     "min_lr": "2.5e-5",
     "max_length": "512",
+    "use_tiling": "false",
     "attention_dropout": "0.1",
     "hidden_dropout": "0.1",
 }
-SFT: Mapping[str, str] = {**SHARED, "freeze_llm": "false", "lr": "2e-6", "min_lr": "2.5e-7", "max_length": "3200"}
+SFT: Mapping[str, str] = {
+    **SHARED,
+    "freeze_llm": "false",
+    "lr": "2e-6",
+    "min_lr": "2.5e-7",
+    "max_length": "3200",
+    "use_tiling": "true",
+    "max_num": "6",
+}
 
 
 def tower(words: Sequence[str], setting: Setting) -> Translation:
@@ -206,12 +215,19 @@ def generation(words: Sequence[str], setting: Setting) -> Translation:
     --task                                --task
     --input-image-path, --gt-path         --input_image_path, --gt_path
     --output-path                         --output_path
+    --use-tiling                          --use_tiling true, at most 6 tiles; else false
     Flags of ours are taken as they are.
     """
     names = ("model_path", "task", "input_image_path", "gt_path", "output_path")
     held, ours = options(words, names, "run_text_generation")
     required(held, ("model_path", "task", "output_path"), "run_text_generation")
-    flags = {"load": held["model_path"], "temperature": "0", "max_new_tokens": "16"}
+    flags = {
+        "load": held["model_path"],
+        "temperature": "0",
+        "max_new_tokens": "16",
+        "use_tiling": "false",
+        "max_num": "6",
+    }
     flags |= {name: held[name] for name in names[1:] if name in held}
     return Translation(("megatron", "infer", *preset(flags, ours)))
 
