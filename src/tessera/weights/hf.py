@@ -31,7 +31,20 @@ from tessera.weights.files import DTYPES, INDEX, SINGLE, Entry, read_region
 from tessera.weights.saving import SIDE_FILES, Saving, bytes_of, copy_side_files, some
 from tessera.weights.shards import held, local, plain
 
-__all__ = ["INDEX", "SIDE_FILES", "SINGLE", "Checkpoint", "LoadReport", "copy_side_files", "load", "place", "save"]
+__all__ = [
+    "INDEX",
+    "SIDE_FILES",
+    "SINGLE",
+    "Checkpoint",
+    "LoadReport",
+    "account",
+    "check_copy",
+    "copy_side_files",
+    "load",
+    "place",
+    "save",
+    "shapes_of",
+]
 
 
 class Checkpoint:

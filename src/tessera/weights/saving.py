@@ -155,7 +155,7 @@ class Saving:
                 for left in self.entries.keys() - placed:
                     writer.put(left, self.origin.read(left))
         if self.creates:
-            _write_index(out_dir, self.entries, self.origin)
+            write_index(out_dir, self.entries, self.origin)
             if self.origin is not None:
                 copy_side_files(self.origin.path, out_dir, self.dtype)
 
@@ -278,7 +278,7 @@ def _sharded(shapes: Mapping[str, Shape], dtype: torch.dtype | None, limit: int)
     return entries
 
 
-def _write_index(folder: Path, entries: Mapping[str, Entry], origin: Checkpoint | None) -> None:
+def write_index(folder: Path, entries: Mapping[str, Entry], origin: Checkpoint | None) -> None:
     """``model.safetensors.index.json`` if there are several files; the source's own if nothing in it changed."""
     if {entry.file for entry in entries.values()} == {SINGLE} or (
         origin is not None and not (origin.path / INDEX).is_file()

@@ -1,0 +1,1 @@
+"""Megatron checkpoints, read and written with PyTorch alone."""

@@ -1,0 +1,405 @@
+"""Conversions: Hugging Face to Megatron, back, and from one Megatron layout to another; streaming and exact.
+
+Each is a composition of tilings, planned before a byte is read::
+
+    to_megatron     rank's shard <- Megatron's tensor <- ours <- safetensors
+    to_hf           safetensors <- ours <- Megatron's tensor <- rank's shard
+    reshard         rank's shard <- Megatron's tensor <- another rank's shard
+
+and then written band by band, so memory does not grow with the model. Values are moved, never computed: what is
+converted and converted back is the same bits. Tensors that are fused from several of different types get the widest.
+
+A converted directory also holds what lies beside the weights (config, tokenizer, processor) and, in ``hf_layout.json``,
+how the safetensors files were laid out, so that the way back can restore names, order, shards and types.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from argparse import Namespace
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tessera.config.errors import UserError
+from tessera.contract.model import Family, HFConfig
+from tessera.contract.shards import whole
+from tessera.contract.weightmap import WeightMap
+from tessera.weights.files import DTYPES, Entry, Writer
+from tessera.weights.hf import INDEX, Checkpoint, account, check_copy, copy_side_files, shapes_of
+from tessera.weights.megatron import legacy, torch_dist_writer
+from tessera.weights.megatron.assembled import Assembled
+from tessera.weights.megatron.checkpoint import LEGACY, TORCH_DIST, TRACKER, locate
+from tessera.weights.megatron.ranks import Ranks
+from tessera.weights.megatron.stored import Reader, Stored
+from tessera.weights.megatron.table import Table
+from tessera.weights.megatron.tiling import Shape, Tile, Tiling
+from tessera.weights.megatron.towers import make_table
+from tessera.weights.saving import Saving, bytes_of, write_index
+
+LAYOUT = "hf_layout.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is written: ``format`` torch_dist or torch; ``stacked`` None: as the dialect's own jobs would.
+
+    ``local``: under the names of Megatron's own modules, not Transformer Engine's.
+    The vocabulary has ``padded_vocab_size`` rows, or the next multiple of ``vocab_divisor`` times ``ranks.tp``; of
+    neither, the model's own. ``iteration`` None is a release. ``dtype`` overrides the type of floating tensors.
+    """
+
+    dialect: str = "swift"
+    format: str = TORCH_DIST
+    stacked: bool | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    padded_vocab_size: int | None = None
+    vocab_divisor: int | None = None
+    iteration: int | None = 1
+    dtype: torch.dtype | None = None
+    local: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What a conversion did: tensors and elements placed, and what of the source it left out, by name."""
+
+    tensors: int
+    parameters: int
+    left_out: tuple[str, ...]
+    dialect: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Our tensors in terms of what is ``stored``, and their types."""
+
+    path: Path
+    tilings: Mapping[str, Tiling]
+    dtypes: Mapping[str, torch.dtype]
+    stored: Mapping[str, Stored]
+    left_out: tuple[str, ...] = ()
+
+
+def from_hf(checkpoint: Checkpoint, family: Family, config: HFConfig) -> Source:
+    """Our tensors as they lie in a Hugging Face checkpoint; UserError unless they are exactly the model's."""
+    with torch.device("meta"):
+        shapes = shapes_of(family.build(config))
+    disk = {name: entry.shape for name, entry in checkpoint.entries.items()}
+    weightmap = family.weightmap(config, list(checkpoint.names)).settled(shapes, disk)
+    left_out = account(shapes, checkpoint, weightmap)
+    tilings = {}
+    for name, shape in shapes.items():
+        tilings[name] = _from_disk(weightmap, name, shape)
+        for copy in weightmap.copies(name):
+            check_copy(checkpoint, copy, weightmap.to_disk(name), whole(shape))
+    stored = stored_in(checkpoint)
+    dtypes = {name: stored[tiling.tiles[0].source].dtype for name, tiling in tilings.items()}
+    return Source(checkpoint.path, tilings, dtypes, stored, left_out)
+
+
+def from_megatron(assembled: Assembled) -> Source:
+    """Our tensors as they lie in a Megatron checkpoint."""
+    return Source(assembled.path, assembled.ours(), assembled.our_dtypes(), assembled.stored)
+
+
+def stored_in(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """Where each tensor of a safetensors checkpoint lies."""
+    begins = {}
+    for file in checkpoint.metadata:
+        with (checkpoint.path / file).open("rb") as stream:
+            begins[file] = 8 + struct.unpack("<Q", stream.read(8))[0]
+    return {
+        name: Stored(checkpoint.path / e.file, begins[e.file] + e.start, e.dtype, e.shape)
+        for name, e in checkpoint.entries.items()
+    }
+
+
+def _from_disk(weightmap: WeightMap, name: str, shape: Shape) -> Tiling:
+    """One of our tensors in terms of disk tensors."""
+    tiles = []
+    for piece in weightmap.pieces(name, shape):
+        found = piece.overlap(whole(shape))
+        assert found is not None, f"{piece} holds nothing of {name}"
+        inside, where = found
+        tiles.append(Tile(piece.disk, inside, where, piece.turned))
+    return Tiling(shape, tuple(tiles))
+
+
+def to_megatron(source: Source, family: Family, config: HFConfig, root: Path, options: Options) -> Account:
+    """Write ``source`` as a Megatron checkpoint into the existing directory ``root``: the iteration, then the tracker.
+
+    UserError if the layout cannot be; OSError if the disk refuses (nothing is left under the iteration's name).
+    """
+    table = make_table(family, config, options.dialect)
+    values = {name: tiling.through(source.tilings) for name, tiling in table.tilings.items()}
+    dtypes = _widest(table, source.dtypes, options.dtype)
+    write(root, table, values, dtypes, source.stored, options, config)
+    return Account(len(table.rows), _elements(table), source.left_out, options.dialect)
+
+
+def write(
+    root: Path,
+    table: Table,
+    values: Mapping[str, Tiling],
+    dtypes: Mapping[str, torch.dtype],
+    stored: Mapping[str, Stored],
+    options: Options,
+    config: HFConfig,
+) -> None:
+    """Write an iteration below ``root`` under a hidden name, rename it, then name it in the tracker."""
+    ranks = options.ranks
+    table = table.for_ranks(ranks.tp, _vocabulary(table, options))
+    ranks.check(table)
+    # Tables of other ranks may have been longer: what is beyond is padding there, and here.
+    values = {name: Tiling(row.shape, values[name].tiles) for name, row in table.rows.items()}
+    name = "release" if options.iteration is None else f"iter_{options.iteration:07d}"
+    aside, final = root / f".writing-{name}", root / name
+    if final.exists():
+        raise UserError(f"{final}: exists already; choose another directory")
+    aside.mkdir()
+    common = _common(table, dtypes, options, config)
+    with Reader(stored) as reader:
+        if options.format == TORCH_DIST:
+            stacked = _stacks(table, options)
+            if not stacked:
+                common["content_metadata"] = {"non_homogeneous_layers": True}
+            plan = torch_dist_writer.plan(table, dtypes, ranks, stacked=stacked, local=options.local)
+            torch_dist_writer.write(aside, plan, values, reader, common)
+        else:
+            del common["content_metadata"]
+            legacy.write(aside, table, dtypes, ranks, values, reader, common, local=options.local)
+    aside.rename(final)
+    _write_text(root / TRACKER, "release" if options.iteration is None else str(options.iteration))
+
+
+def reshard(
+    path: Path, family: Family, config: HFConfig, root: Path, options: Options, *, dialect: str | None = None
+) -> Account:
+    """Write the Megatron checkpoint at ``path`` for other ranks, in another format or dialect, into ``root``.
+
+    ``dialect`` is the one of ``path`` (None: found out by its names).
+    """
+    assembled = locate(path).assembled(family, config, dialect)
+    source = from_megatron(assembled)
+    if assembled.table.dialect == options.dialect:
+        # The same tensors: nothing needs to go through ours, and types of single ones are kept.
+        table = make_table(family, config, options.dialect)
+        dtypes = {name: options.dtype or dtype for name, dtype in assembled.dtypes.items()}
+        values = {name: _trimmed(assembled.tilings[name], row.shape) for name, row in table.rows.items()}
+        write(root, table, values, dtypes, assembled.stored, options, config)
+        return Account(len(table.rows), _elements(table), (), options.dialect)
+    return to_megatron(source, family, config, root, options)
+
+
+def _trimmed(tiling: Tiling, shape: Shape) -> Tiling:
+    """The beginning of a tensor, without what was padding."""
+    return Tiling(shape, tuple(tiling.within(whole(shape))))
+
+
+def to_hf(
+    source: Source,
+    family: Family,
+    config: HFConfig,
+    out: Path,
+    *,
+    layout: Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Account:
+    """Write our tensors as safetensors into the existing directory ``out``.
+
+    ``layout``: a directory that says how, by its ``hf_layout.json`` or safetensors files of its own; else the family's
+    released names, in shards of ``max_shard_size``. OSError if the disk refuses.
+    """
+    origin, index = _layout(layout)
+    names = list(origin.entries) if origin is not None else []
+    shapes = {name: tiling.shape for name, tiling in source.tilings.items()}
+    weightmap = family.weightmap(config, names)
+    if origin is not None:
+        weightmap = weightmap.settled(shapes, {name: entry.shape for name, entry in origin.entries.items()})
+    meta = {name: torch.empty(shape, dtype=source.dtypes[name], device="meta") for name, shape in shapes.items()}
+    left_out: tuple[str, ...] = ()
+    if origin is not None:
+        origin, left_out = _known(origin, weightmap, shapes)
+        index = None if left_out else index
+    saving = Saving.of(meta, weightmap, origin=origin, dtype=dtype, max_shard_size=bytes_of(max_shard_size))
+    placed = _disk_tensors(saving, shapes)
+    with ExitStack() as stack, Reader(source.stored) as reader:
+        writer = Writer(out, saving.entries, origin.metadata if origin else {}, stack)
+        for name, entry in saving.entries.items():
+            made = placed[name].through(source.tilings)
+            for part, values in reader.boxes(made, entry.dtype):
+                writer.put(name, values, part)
+    if index is not None and origin is not None and saving.entries == origin.entries:
+        (out / INDEX).write_text(index, "utf-8")
+    else:
+        write_index(out, saving.entries, None)
+    return Account(len(saving.entries), sum(prod(e.shape) for e in saving.entries.values()), left_out, "")
+
+
+def _disk_tensors(saving: Saving, shapes: Mapping[str, Shape]) -> dict[str, Tiling]:
+    """Every disk tensor in terms of ours."""
+    tiles: dict[str, list[Tile]] = {}
+    for name, pieces in saving.pieces.items():
+        for piece in pieces:
+            found = piece.overlap(whole(shapes[name]))
+            assert found is not None, f"{piece} holds nothing of {name}"
+            inside, where = found
+            tiles.setdefault(piece.disk, []).append(Tile(name, where, inside, piece.turned))
+    return {disk: Tiling(saving.entries[disk].shape, tuple(held)) for disk, held in tiles.items()}
+
+
+class _Layout(Checkpoint):
+    """The names, types and places of a checkpoint whose values lie elsewhere."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, dict[str, str]]) -> None:
+        self.path, self.entries, self.metadata = path, dict(entries), dict(metadata)
+
+
+def _layout(folder: Path | None) -> tuple[Checkpoint | None, str | None]:
+    """The layout that ``folder`` records, and the text of its index; None if it records none."""
+    if folder is None:
+        return None, None
+    if (folder / LAYOUT).is_file():
+        held = json.loads((folder / LAYOUT).read_text("utf-8"))
+        entries = {
+            name: Entry(file, DTYPES[dtype], tuple(shape), start, end)
+            for file, fields in held["files"].items()
+            for name, (dtype, shape, start, end) in fields["tensors"].items()
+        }
+        return _Layout(folder, entries, {file: f["metadata"] for file, f in held["files"].items()}), held["index"]
+    if any(folder.glob("*.safetensors")):
+        found = Checkpoint(folder)
+        index = folder / INDEX
+        return found, index.read_text("utf-8") if index.is_file() else None
+    return None, None
+
+
+def _known(origin: Checkpoint, weightmap: WeightMap, shapes: Mapping[str, Shape]) -> tuple[Checkpoint, tuple[str, ...]]:
+    """``origin`` without what the model does not hold, packed anew; and what that is."""
+    disk = {piece.disk for name, shape in shapes.items() for piece in weightmap.pieces(name, shape)}
+    disk |= {copy for name in shapes for copy in weightmap.copies(name)}
+    left_out = tuple(sorted(origin.entries.keys() - disk))
+    if not left_out:
+        return origin, ()
+    entries: dict[str, Entry] = {}
+    ends: dict[str, int] = {}
+    for name, entry in sorted(origin.entries.items(), key=lambda item: item[1].start):
+        if name in disk:
+            start = ends.get(entry.file, 0)
+            ends[entry.file] = start + entry.end - entry.start
+            entries[name] = Entry(entry.file, entry.dtype, entry.shape, start, ends[entry.file])
+    return _Layout(origin.path, entries, origin.metadata), left_out
+
+
+def write_side_files(checkpoint: Checkpoint, root: Path, dtype: torch.dtype | None = None) -> None:
+    """Beside the weights of ``root``: config, tokenizer and processor of ``checkpoint``, and how its files lie."""
+    copy_side_files(checkpoint.path, root, dtype)
+    names = {value: name for name, value in DTYPES.items()}
+    files: dict[str, Any] = {
+        file: {"metadata": metadata, "tensors": {}} for file, metadata in checkpoint.metadata.items()
+    }
+    for name, entry in checkpoint.entries.items():
+        files[entry.file]["tensors"][name] = [names[entry.dtype], list(entry.shape), entry.start, entry.end]
+    index = checkpoint.path / INDEX
+    text = index.read_text("utf-8") if index.is_file() else None
+    (root / LAYOUT).write_text(json.dumps({"files": files, "index": text}), "utf-8")
+
+
+def _widest(table: Table, ours: Mapping[str, torch.dtype], asked: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The type of every Megatron tensor: the widest of what it consists of, or the one asked for."""
+    found = {}
+    for name, row in table.rows.items():
+        types = list(dict.fromkeys(ours[tile.source] for tile in row.tiling.tiles))
+        dtype = types[0]
+        for other in types[1:]:
+            dtype = torch.promote_types(dtype, other)
+        buffer = name.endswith(".expert_bias")  # its type is part of its meaning
+        found[name] = asked if asked is not None and dtype.is_floating_point and not buffer else dtype
+    return found
+
+
+def _elements(table: Table) -> int:
+    return sum(prod(shape) for shape in table.ours.values())
+
+
+def _vocabulary(table: Table, options: Options) -> int | None:
+    """Rows of the embedding; UserError if they are fewer than the tokens."""
+    tokens = table.decoder.vocab
+    if options.padded_vocab_size is not None:
+        if options.padded_vocab_size < tokens:
+            raise UserError(f"--padded_vocab_size {options.padded_vocab_size}: the model has {tokens} tokens")
+        return options.padded_vocab_size
+    if options.vocab_divisor is None:
+        return None
+    step = options.vocab_divisor * options.ranks.tp
+    return -(-tokens // step) * step
+
+
+def _stacks(table: Table, options: Options) -> bool:
+    """Whether equal layers become one tensor: as jobs of the dialect do it, unless told."""
+    if options.stacked is not None:
+        return options.stacked
+    moe = table.decoder.moe
+    uniform = moe is None or len(moe.layers) == table.layers
+    return uniform and not (options.dialect == "pai" and moe is not None)
+
+
+def _common(table: Table, dtypes: Mapping[str, torch.dtype], options: Options, config: HFConfig) -> dict[str, Any]:
+    """What is not a tensor: the arguments that readers compare with their own, and no training state."""
+    decoder, ranks, moe = table.decoder, options.ranks, table.decoder.moe
+    dtype = dtypes[table.embedding]
+    text = {**config, **config.get("text_config", {})}
+    implementation = "local" if options.local else "transformer_engine"
+    args = Namespace(
+        num_layers=decoder.layers, hidden_size=decoder.hidden, ffn_hidden_size=decoder.inner,
+        num_attention_heads=decoder.heads, num_query_groups=decoder.kv_heads, kv_channels=decoder.head_dim,
+        group_query_attention=decoder.kv_heads != decoder.heads, add_position_embedding=True,
+        position_embedding_type="rope", max_position_embeddings=text.get("max_position_embeddings"),
+        rotary_base=int(decoder.rope.theta), normalization="RMSNorm", norm_epsilon=decoder.eps, swiglu=True,
+        add_bias_linear=decoder.mlp_bias, add_qkv_bias=decoder.qkv_bias, qk_layernorm=decoder.qk_norm,
+        untie_embeddings_and_output_weights=not decoder.tied, padded_vocab_size=table.rows[table.embedding].shape[0],
+        make_vocab_size_divisible_by=options.vocab_divisor or 1, params_dtype=dtype,
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
+        tensor_model_parallel_size=ranks.tp, pipeline_model_parallel_size=ranks.pp,
+        expert_model_parallel_size=ranks.ep, expert_tensor_parallel_size=ranks.expert_tp,
+        num_experts=moe.experts if moe else None, moe_router_topk=moe.top_k if moe else 2,
+        moe_ffn_hidden_size=moe.inner if moe else None,
+        world_size=max(ranks.tp, ranks.expert_tp * ranks.ep) * ranks.pp, data_parallel_size=1,
+        iteration=options.iteration or 0, ckpt_format=options.format, transformer_impl=implementation,
+        no_save_optim=True, no_save_rng=True,
+        consumed_train_samples=0, consumed_valid_samples=0, skipped_train_samples=0,
+    )  # fmt: skip
+    return {"args": args, "checkpoint_version": 3.0, "iteration": options.iteration or 0, "content_metadata": {}}
+
+
+def _write_text(file: Path, text: str) -> None:
+    """Replace a small file at once."""
+    aside = file.with_name(f".writing-{file.name}")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)
+
+
+__all__ = [
+    "LEGACY",
+    "TORCH_DIST",
+    "Account",
+    "Options",
+    "Source",
+    "from_hf",
+    "from_megatron",
+    "reshard",
+    "to_hf",
+    "to_megatron",
+]

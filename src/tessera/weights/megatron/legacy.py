@@ -1,0 +1,356 @@
+"""Rank by rank checkpoints (``--ckpt-format torch``): what every rank's module had, under that module's names.
+
+    iter_0000001/mp_rank_<tp>[_<pp>][_<ep>]/model_optim_rng.pt      {"args", "checkpoint_version", "iteration", "model"}
+
+A suffix is there if the job had more than one pipeline or expert rank. Three things differ from the canonical names:
+layers are counted from zero on every pipeline stage; experts are single tensors, counted from zero on every expert
+rank, and called by the module that ran them; and each tensor is a rank's shard. :func:`read` opens the files (nothing
+but their pickles is read), :meth:`RankFiles.merged` puts the shards together as a table says, and :func:`write` cuts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tessera.config.errors import UserError
+from tessera.weights.megatron import archive
+from tessera.weights.megatron.assembled import Found, fitting
+from tessera.weights.megatron.names import local_spelling
+from tessera.weights.megatron.ranks import Ranks, shard
+from tessera.weights.megatron.stored import Reader, Stored
+from tessera.weights.megatron.table import Row, Table
+from tessera.weights.megatron.tiling import Tile, Tiling, same
+
+FILES = ("model_optim_rng.pt", "model_rng.pt")
+FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
+PREFIX = re.compile(r"^(module\.)+")
+LAYER = re.compile(r"((?:language_model\.)?decoder\.layers\.)(\d+)\.(.*)")
+GROUPED = re.compile(r"(.*\.mlp\.experts)\.(linear_fc[12]\.(?:weight|bias))(\d+)")
+SEQUENTIAL = re.compile(r"(.*\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias))")
+TOGETHER = re.compile(r"(.*\.mlp\.experts)\.weight([12])")
+EXTRA = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one rank holds of a canonical tensor: ``expert`` (local index) if it is one of several, ``joint`` if it is
+    all of the rank's experts in one transposed tensor."""
+
+    key: str
+    tp: int
+    ep: int
+    expert: int | None = None
+    joint: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RankFiles:
+    """The opened files: pieces by canonical name, what is stored, and how many ranks there are of each kind."""
+
+    path: Path
+    names: Mapping[str, Sequence[Piece]]
+    stored: Mapping[str, Stored]
+    tp: int
+    ep: int
+    args: Namespace | None
+
+    def merged(self, table: Table) -> Found:
+        """Shards put together to the tensors of ``table``; names it does not know are kept to be reported."""
+        called = fitting(self.names, table)
+        etp = self._expert_tp(table, called)
+        ranks = Ranks(tp=self.tp, ep=self.ep, etp=etp)
+        if table.experts % self.ep:
+            raise UserError(f"{self.path}: {self.ep} expert ranks do not divide the {table.experts} experts")
+        stored = dict(self.stored)
+        tilings: dict[str, Tiling] = {}
+        for name, spelled in called.items():
+            row = self._fitted(name, table, self.names[spelled])
+            tilings[spelled] = self._join(name, row, ranks, self.names[spelled], stored)
+        for name in self.names.keys() - set(called.values()):
+            key = self.names[name][0].key
+            tilings[name] = same(key, stored[key].shape)
+        types = {name: self.stored[self.names[name][0].key].dtype for name in tilings}
+        return Found(self.path, tilings, types, stored)
+
+    def _expert_tp(self, table: Table, called: Mapping[str, str]) -> int:
+        """Ranks that divide an expert: one, if a rank holds whole ones."""
+        for name, spelled in called.items():
+            piece, row = self.names[spelled][0], table.rows[name]
+            if row.split.experts:
+                held = prod(self.stored[piece.key].shape) // (
+                    1 if piece.expert is not None else row.shape[0] // self.ep
+                )
+                return 1 if held == prod(row.shape[1:]) else self.tp
+        return self.tp
+
+    def _fitted(self, name: str, table: Table, pieces: Sequence[Piece]) -> Row:
+        """The table's row, as long as the shards together where it may be longer."""
+        row = table.rows[name]
+        axis = row.split.axis
+        if axis is None or not (row.split.pads or name in (table.embedding, table.head)):
+            return row
+        shape = self.stored[pieces[0].key].shape
+        total = shape[axis] * self.tp if axis < len(shape) else 0
+        return table.widened({name: total}).rows[name] if total > row.shape[axis] else row
+
+    def _join(self, name: str, row: Row, ranks: Ranks, pieces: Sequence[Piece], stored: dict[str, Stored]) -> Tiling:
+        """The whole of a tensor in terms of the ranks' pieces."""
+        count = 1 if row.split.axis is None else ranks.expert_tp if row.split.experts else ranks.tp
+        tiles: dict[tuple[int, ...], Tile] = {}
+        for piece in pieces:
+            mine = shard(name, row, ranks, piece.tp % count, piece.ep)
+            held, key = self.stored[piece.key], piece.key
+            expected = mine.shape if piece.expert is None else mine.shape[1:]
+            if piece.joint:
+                # Experts side by side in memory, each transposed; the shape it is stored with only looks otherwise.
+                expected = (mine.shape[0], mine.shape[2], mine.shape[1])
+                fits = prod(held.shape) == prod(expected)
+                key = f"{piece.key}#experts"
+                stored[key] = replace(held, shape=expected)
+            else:
+                fits = held.shape == expected
+            if not fits:
+                raise UserError(
+                    f"{held.file}: {name} has shape {list(held.shape)}, expected {list(expected)} of {count} tensor "
+                    "ranks; config.json does not fit these weights, or ranks are missing"
+                )
+            for tile in mine.tiles:
+                found = _place(tile, piece, key)
+                tiles.setdefault(tuple(cut.start for cut in found.where), found)
+        return Tiling(row.shape, tuple(tiles.values()))
+
+
+def _place(tile: Tile, piece: Piece, key: str) -> Tile:
+    """A tile of the whole tensor from one of a shard (whole -> shard)."""
+    inside, where = tile.where, tile.inside
+    if piece.expert is not None:
+        first = where[0].start + piece.expert
+        return Tile(key, inside[1:], (slice(first, first + 1), *where[1:]))
+    if piece.joint:
+        return Tile(key, (inside[0], inside[2], inside[1]), where, turned=True)
+    return Tile(key, inside, where)
+
+
+def read(path: Path) -> RankFiles:
+    """Open every rank's file below ``path``; UserError if one is missing, damaged or not to be trusted."""
+    folders = {folder: FOLDER.fullmatch(folder.name) for folder in sorted(path.glob("mp_rank_*"))}
+    loaded = {folder: archive.load(_file(folder)) for folder, found in folders.items() if found is not None}
+    if not loaded:
+        raise UserError(f"{path}: has no mp_rank_* directories")
+    args = next((held["args"] for held in loaded.values() if isinstance(held.get("args"), Namespace)), None)
+    ranks = _coordinates(path, loaded, args)
+    stages = sorted({pp for _, pp, _ in ranks})
+    begins = _layer_offsets(loaded, ranks)
+    names: dict[str, list[Piece]] = {}
+    stored: dict[str, Stored] = {}
+    for (tp, pp, ep), folder in sorted(ranks.items()):
+        for chunk, model in enumerate(_models(loaded[folder], folder)):
+            for local, tensor in archive.tensors(model):
+                if "_extra_state" in local:
+                    continue
+                key = f"{folder.name}/{chunk}/{local}"
+                stored[key] = tensor
+                name, piece = _canonical(PREFIX.sub("", local), begins[pp, chunk], Piece(key, tp, ep))
+                names.setdefault(name, []).append(piece)
+    assert stages == list(range(len(stages)))
+    return RankFiles(path, names, stored, 1 + max(r[0] for r in ranks), 1 + max(r[2] for r in ranks), args)
+
+
+def common(path: Path) -> Mapping[str, Any]:
+    """What the first rank's file holds beside the tensors."""
+    folder = next((f for f in sorted(path.glob("mp_rank_*")) if FOLDER.fullmatch(f.name)), None)
+    if folder is None:
+        return {}
+    held = archive.load(_file(folder))
+    return {key: value for key, value in held.items() if not re.fullmatch(r"model\d*", key)}
+
+
+def _file(folder: Path) -> Path:
+    for name in FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder}: has no {FILES[0]}; copy the checkpoint again")
+
+
+def _coordinates(
+    path: Path, loaded: Mapping[Path, Mapping[str, Any]], args: Namespace | None
+) -> dict[tuple[int, int, int], Path]:
+    """The (tensor, pipeline, expert) rank of every directory; UserError if ranks are missing."""
+    groups = {folder: FOLDER.fullmatch(folder.name) for folder in loaded}
+    numbers = {folder: [int(x) for x in found.groups() if x is not None] for folder, found in groups.items() if found}
+    counts = {len(held) for held in numbers.values()}
+    if len(counts) != 1:
+        raise UserError(f"{path}: mp_rank_* directories are of more than one layout")
+    (count,) = counts
+    fields = vars(args) if args is not None else {}
+    experts = count == 2 and _second_is_expert(numbers, loaded, fields)
+    found = {}
+    for folder, held in numbers.items():
+        pp = held[1] if count > 1 and not experts else 0
+        ep = held[-1] if count == 3 or experts else 0
+        found[held[0], pp, ep] = folder
+    wanted = {at: 1 + max(rank[at] for rank in found) for at in range(3)}
+    flags = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+    for at, flag in enumerate(flags):
+        said = fields.get(flag)
+        size = said if isinstance(said, int) and (at < 2 or count == 3 or experts) else wanted[at]
+        there = {rank[at] for rank in found}
+        missing = sorted(set(range(max(size, wanted[at]))) - there)
+        if missing:
+            raise UserError(f"{path}: {flag} is {max(size, wanted[at])}, but rank {missing[0]} is missing")
+    for tp in range(wanted[0]):
+        for pp in range(wanted[1]):
+            if not any(rank[:2] == (tp, pp) for rank in found):
+                raise UserError(
+                    f"{path}: tensor rank {tp} of pipeline stage {pp} is missing; copy the checkpoint again"
+                )
+    return found
+
+
+def _second_is_expert(
+    numbers: Mapping[Path, Sequence[int]], loaded: Mapping[Path, Mapping[str, Any]], fields: Mapping[str, Any]
+) -> bool:
+    """Whether the one suffix counts expert ranks: the job says so, or the second rank has an embedding, too."""
+    if "pipeline_model_parallel_size" in fields:
+        return bool(fields["pipeline_model_parallel_size"] == 1)
+    second = next((folder for folder, held in numbers.items() if held[1] == 1), None)
+    names = [name for model in _models(loaded[second], second) for name in model] if second is not None else []
+    return any("embedding.word_embeddings" in name for name in names)
+
+
+def _models(held: Mapping[str, Any], folder: Path) -> list[Mapping[str, Any]]:
+    """The state dicts of a rank: one, or one per virtual pipeline stage."""
+    if isinstance(held.get("model"), Mapping):
+        return [held["model"]]
+    found = [held[key] for key in sorted((k for k in held if re.fullmatch(r"model\d+", k)), key=lambda k: int(k[5:]))]
+    if not found:
+        raise UserError(f"{folder}: its file holds no model (it has {', '.join(map(str, held)) or 'nothing'})")
+    return found
+
+
+def _layer_offsets(
+    loaded: Mapping[Path, Mapping[str, Any]], ranks: Mapping[tuple[int, int, int], Path]
+) -> dict[tuple[int, int], int]:
+    """The global index of the first layer of each (pipeline rank, virtual stage): stages go round the ranks."""
+    counts = {}
+    for (tp, pp, _), folder in ranks.items():
+        if tp == 0 and (pp, 0) not in counts:
+            for chunk, model in enumerate(_models(loaded[folder], folder)):
+                found = (LAYER.fullmatch(PREFIX.sub("", name)) for name in model)
+                counts[pp, chunk] = max((1 + int(match[2]) for match in found if match), default=0)
+    begins, at = {}, 0
+    for pp, chunk in sorted(counts, key=lambda key: (key[1], key[0])):
+        begins[pp, chunk] = at
+        at += counts[pp, chunk]
+    return begins
+
+
+def _canonical(name: str, begin: int, piece: Piece) -> tuple[str, Piece]:
+    """The canonical name of a rank's tensor, and which part of that it is."""
+    found = LAYER.fullmatch(name)
+    if found is not None:
+        name = f"{found[1]}{begin + int(found[2])}.{found[3]}"
+    for pattern, base, leaf, index in ((GROUPED, 1, 2, 3), (SEQUENTIAL, 1, 3, 2)):
+        match = pattern.fullmatch(name)
+        if match is not None:
+            return f"{match[base]}.experts.{match[leaf]}", replace(piece, expert=int(match[index]))
+    match = TOGETHER.fullmatch(name)
+    if match is not None:
+        return f"{match[1]}.experts.linear_fc{match[2]}.weight", replace(piece, joint=True)
+    return name, piece
+
+
+def write(
+    folder: Path,
+    table: Table,
+    dtypes: Mapping[str, torch.dtype],
+    ranks: Ranks,
+    values: Mapping[str, Tiling],
+    reader: Reader,
+    common: Mapping[str, Any],
+    *,
+    local: bool = False,
+) -> None:
+    """Write every rank's file into the existing, empty directory ``folder``; OSError if the disk refuses.
+
+    ``local``: under the names of Megatron's own modules, not Transformer Engine's, with experts run one by one.
+    """
+    for pp in range(ranks.pp):
+        for tp in range(ranks.tp):
+            for ep in range(ranks.ep):
+                made: dict[archive.Blank, Tiling] = {}
+                model: dict[str, Any] = {}
+                for name, tiling in _held(table, ranks, (tp, pp, ep), local):
+                    blank = archive.Blank(dtypes[tiling.tiles[0].source], tiling.shape)
+                    made[blank] = tiling
+                    model[name] = blank
+                    module = name.rpartition(".")[0]
+                    if not local and module.rpartition(".")[2] in EXTRA and not name.startswith("visual."):
+                        model[f"{module}._extra_state"] = None
+                _write_rank(folder / _folder(ranks, tp, pp, ep), {**common, "model": model}, made, values, reader)
+
+
+def _write_rank(
+    folder: Path,
+    held: Mapping[str, Any],
+    made: Mapping[archive.Blank, Tiling],
+    values: Mapping[str, Tiling],
+    reader: Reader,
+) -> None:
+    folder.mkdir()
+    with ExitStack() as stack:
+        descriptor = os.open(folder / FILES[0], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        stack.callback(os.close, descriptor)
+
+        def payload(blank: archive.Blank) -> Iterator[torch.Tensor]:
+            return reader.bands(made[blank].through(values), blank.dtype)
+
+        archive.save(descriptor, 0, held, payload, FILES[0].removesuffix(".pt"))
+        os.fsync(descriptor)
+
+
+def _folder(ranks: Ranks, tp: int, pp: int, ep: int) -> str:
+    parts = [f"mp_rank_{tp:02d}"]
+    parts += [f"{pp:03d}"] if ranks.pp > 1 else []
+    parts += [f"{ep:03d}"] if ranks.ep > 1 else []
+    return "_".join(parts)
+
+
+def _held(table: Table, ranks: Ranks, rank: tuple[int, int, int], local_modules: bool) -> Iterator[tuple[str, Tiling]]:
+    """What a rank holds: its names, and its shards in terms of canonical tensors."""
+    tp, pp, ep = rank
+    layers = ranks.layers(table.layers)[pp]
+    for name, row in table.rows.items():
+        if ranks.stage_of(row, table) != pp:
+            continue
+        local = name
+        found = LAYER.fullmatch(name)
+        if found is not None and row.layer is not None:
+            local = f"{found[1]}{row.layer - layers.start}.{found[3]}"
+        if local_modules:
+            local = local_spelling(local, sparse=False, sharded=False)
+        mine = shard(name, row, ranks, tp, ep)
+        if not row.split.experts:
+            yield local, mine
+            continue
+        stem, leaf = local.split(".experts.experts.")
+        for expert in range(mine.shape[0]):
+            tiles = (Tile(t.source, (_one(t.inside[0], expert), *t.inside[1:]), t.where[1:]) for t in mine.tiles)
+            alone, grouped = f"{stem}.experts.local_experts.{expert}.{leaf}", f"{stem}.experts.{leaf}{expert}"
+            yield alone if local_modules else grouped, Tiling(mine.shape[1:], tuple(tiles))
+    if table.tied and ranks.pp > 1 and pp == ranks.pp - 1:
+        yield table.head, shard(table.embedding, table.rows[table.embedding], ranks, tp, ep)
+
+
+def _one(experts: slice, at: int) -> slice:
+    return slice(experts.start + at, experts.start + at + 1)
