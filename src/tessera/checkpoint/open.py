@@ -32,7 +32,11 @@ from tessera.weights.hf import load as load_weights
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model directory, read but not loaded."""
+    """A model directory, read but not loaded.
+
+    ``path`` holds config and tokenizer, ``checkpoint`` the tensors, which ``weightmap`` finds. What is saved is called
+    as ``disk_names`` says and lies as in ``origin``; None: the weights are in a format that has no such files.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -42,6 +46,13 @@ class Source:
     plan: Plan
     checkpoint: Checkpoint
     weightmap: WeightMap
+    disk_names: WeightMap
+    origin: Checkpoint | None
+
+    @property
+    def location(self) -> Path:
+        """The directory that holds the weights, which is what was asked for."""
+        return self.checkpoint.path
 
     @property
     def has_tower(self) -> bool:
@@ -99,7 +110,7 @@ def describe(args: ModelArgs) -> Source:
     if not args.model:
         raise UserError("--model is missing: give a model directory or a Hugging Face repository id", exit_code=2)
     path = locate(args.model)
-    source = describe_mcore(path, args) if is_mcore(path) else read(path)
+    source = read_mcore(path, args.hf_dir) if is_mcore(path) else read(path)
     geometry = source.geometry.limited(
         min_pixels=args.min_pixels,
         max_pixels=args.max_pixels,
@@ -113,25 +124,40 @@ def describe(args: ModelArgs) -> Source:
 
 def read(path: Path) -> Source:
     """What the model directory ``path`` says about itself, without a user's limits; UserError as :func:`describe`."""
+    config, preprocessor, family = _settings(path)
+    checkpoint = Checkpoint(path)
+    weightmap = family.weightmap(config, list(checkpoint.names))
+    geometry, plan = family.geometry(config, preprocessor), family.plan(config)
+    return Source(path, config, preprocessor, family, geometry, plan, checkpoint, weightmap, weightmap, checkpoint)
+
+
+def read_mcore(path: Path, hf_dir: str | None = None, dialect: str | None = None) -> Source:
+    """The same for a Megatron checkpoint, whose config and tokenizer lie beside it or in ``hf_dir``.
+
+    ``dialect`` says whose names its tensors have; found out if not given.
+    """
+    from tessera.weights.megatron import checkpoint as megatron
+
+    found = megatron.locate(path)
+    settings = locate(hf_dir, "--hf_dir") if hf_dir else found.root
+    if not (settings / "config.json").is_file():
+        raise UserError(
+            f"{path}: a Megatron checkpoint without config.json; add --hf_dir DIR, a Hugging Face directory with it"
+        )
+    config, preprocessor, family = _settings(settings)
+    held = megatron.open_as_ours(path, family, config, dialect)
+    geometry, plan = family.geometry(config, preprocessor), family.plan(config)
+    disk_names = family.weightmap(config, [])
+    return Source(settings, config, preprocessor, family, geometry, plan, held, held.weightmap, disk_names, None)
+
+
+def _settings(path: Path) -> tuple[dict[str, Any], dict[str, Any], Family]:
+    """The configs of a model and of its processor, and its family."""
     config = read_json(path / "config.json", required=True)
     preprocessor = read_json(path / "preprocessor_config.json")
     preprocessor = preprocessor or read_json(path / "processor_config.json").get("image_processor", {})
     family = family_of(config)
-    config = _with_tokens(path, config, family)
-    geometry = family.geometry(config, preprocessor)
-    checkpoint = Checkpoint(path)
-    weightmap = family.weightmap(config, list(checkpoint.names))
-    return Source(path, config, preprocessor, family, geometry, family.plan(config), checkpoint, weightmap)
-
-
-def describe_mcore(path: Path, args: ModelArgs) -> Source:
-    """The same for a Megatron checkpoint, whose config and tokenizer lie beside it or in ``--hf_dir``."""
-    settings = locate(args.hf_dir) if args.hf_dir else path
-    if not (settings / "config.json").is_file():
-        raise UserError(
-            f"--model {path}: a Megatron checkpoint without config.json; add --hf_dir DIR, a directory with it"
-        )
-    raise UserError(f"--model {path}: Megatron checkpoints are not readable yet; convert it, or use the original model")
+    return _with_tokens(path, config, family), preprocessor, family
 
 
 def _with_tokens(path: Path, config: dict[str, Any], family: Family) -> dict[str, Any]:

@@ -47,9 +47,7 @@ def main(run: Run, *, endpoint: str | None = None) -> Path:
 
     ``endpoint`` names another hub than the public one.
     """
-    if run.convert.asked:
-        raise UserError(f"conversion is not connected yet: {run.convert.describe()} -> {run.save.output_dir}")
-    directory = _unchanged(run)
+    directory = converted(run) if run.convert.asked else _unchanged(run)
     if directory is None:
         directory = write(run)
         print(f"{'would write' if run.dry_run else 'exported to'} {directory}", flush=True)
@@ -66,11 +64,18 @@ def main(run: Run, *, endpoint: str | None = None) -> Path:
     return directory
 
 
+def converted(run: Run) -> Path:
+    """The directory that a conversion from or to Megatron made."""
+    from tessera.recipes import mcore
+
+    return mcore.main(run)
+
+
 def write(run: Run) -> Path:
     """Load, merge if asked to, and write the model; returns ``--output_dir``."""
     source = door.describe(run.model)
     out = Path(run.save.output_dir)
-    inputs = {source.path.resolve(), *(Path(adapter).resolve() for adapter in run.model.adapters)}
+    inputs = {source.location.resolve(), *(Path(adapter).resolve() for adapter in run.model.adapters)}
     if out.resolve() in inputs:
         raise UserError(f"--output_dir {out}: is what is being exported; choose another directory")
     # Checked before any weight is read: merging may take minutes.
@@ -82,21 +87,21 @@ def write(run: Run) -> Path:
     if run.export.merge_lora:
         attach(source, module, run.model.adapters[0])
         merged = lora.merge(module)
-        print(f"merged {merged} adapted layers of {run.model.adapters[0]} into {source.path}", flush=True)
-    resharded = _asked(run, "max_shard_size")
+        print(f"merged {merged} adapted layers of {run.model.adapters[0]} into {source.location}", flush=True)
+    resharded = _asked(run, "max_shard_size") or source.origin is None
     with appearing(out) as aside:
         hf.save(
             module.state_dict(),
             aside,
-            source.weightmap,
-            source=None if resharded else source.checkpoint,
+            source.disk_names,
+            source=None if resharded else source.origin,
             dtype=dtype,
             max_shard_size=run.save.max_shard_size,
         )
         if resharded:
             hf.copy_side_files(source.path, aside, dtype)
         limit_processor(aside, run, source.geometry)
-        write_json(aside / ARGS_FILE, _args(run, source.path))
+        write_json(aside / ARGS_FILE, args_of(run, source.location))
     return out
 
 
@@ -181,7 +186,7 @@ def check_free(out: Path, *, exist_ok: bool) -> None:
         raise UserError(f"--output_dir {out}: exists and is no exported model (no config.json); choose another")
 
 
-def _args(run: Run, model: Path) -> Mapping[str, Any]:
+def args_of(run: Run, model: Path) -> Mapping[str, Any]:
     """The training's ``args.json``, without its adapters; that of this command if there was no training."""
     for directory in (*(Path(adapter) for adapter in run.model.adapters), model):
         if (directory / ARGS_FILE).is_file():

@@ -54,10 +54,12 @@ from tessera.parallel.mesh import Mesh, world_size
 from tessera.parallel.watchdog import group_timeout, watching
 from tessera.recipes import fit, placement, screen
 from tessera.recipes.export import ARGS_FILE, limit_processor
+from tessera.recipes.mcore import mirror_of
 from tessera.train.optim import Optimizers
 from tessera.train.schedule import Schedule, warmup_steps
 from tessera.train.step import Engine
 from tessera.train.trainer import Cadence, Progress, SignalError, Trainer, restore
+from tessera.weights import hf
 from tessera.weights.saving import Saving
 
 
@@ -75,8 +77,6 @@ class Place:
 
 def main(run: Run) -> Path | None:
     """Train as ``run`` says; returns the last checkpoint (None for a dry run). Raises UserError, SystemExit(128+n)."""
-    if run.save.save_format == "mcore":
-        raise UserError("--save_format mcore: writing Megatron checkpoints is not connected yet; use --save_format hf")
     mesh = mesh_of(run)
     trainer = build(run, mesh)
     if trainer is None:
@@ -200,7 +200,7 @@ def staged_adapter(
 
     def write(directory: Path) -> None:
         if mesh.is_main:
-            adapt.save_adapter(every, adaptation, directory, base_model=str(source.path))
+            adapt.save_adapter(every, adaptation, directory, base_model=str(source.location))
 
     return write
 
@@ -215,7 +215,7 @@ def staged_model(
 ) -> Write:
     """The model, of which every rank writes its own part."""
     dtype = dtype_of(run.model.torch_dtype) if run.model.torch_dtype else None
-    saving = Saving.of(model.state_dict(), source.weightmap, origin=source.checkpoint, dtype=dtype, ranks=mesh)
+    saving = Saving.of(model.state_dict(), source.disk_names, origin=source.origin, dtype=dtype, ranks=mesh)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     if copies is not None:  # what is frozen does not change
         saving = saving.staged(lambda name, held: held if name in frozen else copies.copy(f"model.{name}", held))
@@ -223,6 +223,8 @@ def staged_model(
     def write(directory: Path) -> None:
         saving.write(directory)
         if mesh.is_main:
+            if source.origin is None:
+                hf.copy_side_files(source.path, directory, dtype)
             limit_processor(directory, run, source.geometry)
 
     return write
@@ -333,6 +335,7 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     source = door.describe(run.model)
     placement.check_memory(run, source)
     fit.check(run, source, mesh.layout)
+    mirror_of(run, source, Path(run.save.output_dir), mesh)  # what cannot be written is refused before it is trained
     dtype = door.compute_dtype(source, run.model.torch_dtype, mesh.device)
     if mesh.is_main and door.slow_on(mesh.device, dtype):
         screen.note(f"--torch_dtype {run.model.torch_dtype}: {door.slow_on(mesh.device, dtype)}")
@@ -354,7 +357,9 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     optimizers = Optimizers(model, groups, run.train, schedule, mesh, host_share=share)
     aside = Aside.of(mesh, group_timeout(run.parallel.ddp_timeout)) if run.save.async_save else None
     barrier = mesh.barrier if aside is None else aside.barrier
-    store = Store(place.run_dir, run.save.save_total_limit, mesh.is_main, barrier)
+    store = Store(
+        place.run_dir, run.save.save_total_limit, mesh.is_main, barrier, mirror_of(run, source, place.run_dir, mesh)
+    )
     store.sweep()
     engine, progress = engine_of(run, placed, source, mesh, dtype), Progress()
     if place.resume is not None:

@@ -181,7 +181,7 @@ def stream(
             for part, value in values(name):
                 for piece in parts:
                     _put(writer, piece, Share(part, value))
-    _write_index(out_dir, entries, None)
+    write_index(out_dir, entries, None)
 
 
 def _put(writer: Writer, piece: Piece, share: Share) -> None:

@@ -156,7 +156,7 @@ def write(
 ) -> None:
     """Write an iteration below ``root`` under a hidden name, rename it, then name it in the tracker."""
     ranks = options.ranks
-    table = table.for_ranks(ranks.tp, _vocabulary(table, options))
+    table = table.for_ranks(ranks.tp, vocabulary(table, options))
     ranks.check(table)
     # Tables of other ranks may have been longer: what is beyond is padding there, and here.
     values = {name: Tiling(row.shape, values[name].tiles) for name, row in table.rows.items()}
@@ -331,7 +331,7 @@ def _elements(table: Table) -> int:
     return sum(prod(shape) for shape in table.ours.values())
 
 
-def _vocabulary(table: Table, options: Options) -> int | None:
+def vocabulary(table: Table, options: Options) -> int | None:
     """Rows of the embedding; UserError if they are fewer than the tokens."""
     tokens = table.decoder.vocab
     if options.padded_vocab_size is not None:
