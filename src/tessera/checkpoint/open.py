@@ -50,6 +50,11 @@ class Source:
     origin: Checkpoint | None
 
     @property
+    def types(self) -> dict[str, torch.dtype] | None:
+        """The types of the tensors by our names where there is no ``origin`` to say so."""
+        return None if self.origin is not None else {name: e.dtype for name, e in self.checkpoint.entries.items()}
+
+    @property
     def location(self) -> Path:
         """The directory that holds the weights, which is what was asked for."""
         return self.checkpoint.path

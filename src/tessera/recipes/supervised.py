@@ -215,7 +215,8 @@ def staged_model(
 ) -> Write:
     """The model, of which every rank writes its own part."""
     dtype = dtype_of(run.model.torch_dtype) if run.model.torch_dtype else None
-    saving = Saving.of(model.state_dict(), source.disk_names, origin=source.origin, dtype=dtype, ranks=mesh)
+    state, names = model.state_dict(), source.disk_names
+    saving = Saving.of(state, names, origin=source.origin, dtype=dtype, ranks=mesh, types=source.types)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     if copies is not None:  # what is frozen does not change
         saving = saving.staged(lambda name, held: held if name in frozen else copies.copy(f"model.{name}", held))

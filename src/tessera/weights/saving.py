@@ -102,13 +102,15 @@ class Saving:
         dtype: torch.dtype | None = None,
         max_shard_size: int = 5 * 10**9,
         ranks: Ranks | None = None,
+        types: Mapping[str, torch.dtype] | None = None,
     ) -> Saving:
         """The plan for ``tensors``, by our names, some of them sharded over ``ranks`` (None: this process has all).
 
-        Names, shards and types are those of ``origin`` if it is given; ``dtype`` overrides the type of floating ones.
-        Every rank calls this with its own tensors; with a pipeline, stages tell each other the names of theirs.
+        Names, shards and types are those of ``origin`` if it is given; else types are those in ``types``, by our names,
+        or the tensors' own. ``dtype`` overrides the type of floating ones. Every rank calls this with its own tensors; with a pipeline, stages tell each other the names of theirs.
         """
-        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        known = types or {}
+        found = {name: (known.get(name, tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
         stages, stage = [found], 0
         if ranks is not None and ranks.layout.pp > 1:
             stages, stage = ranks.gather(found, "pp"), ranks.at("pp")
