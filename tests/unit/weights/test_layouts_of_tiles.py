@@ -170,3 +170,32 @@ def test_a_tokenizer_in_pieces_beside_modelling_code(tmp_path: Path) -> None:
     renderer = Renderer(path, source.geometry)
     assert renderer.tokenizer.encode("<img><IMG_CONTEXT></img>\nWhat is it?").tokens == expected
     assert source.geometry.pad_ids == {"image": added["<IMG_CONTEXT>"]}
+
+
+VIT = {"num_hidden_layers": 45, "image_size": 448}
+SMALL_VIT = {"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+SMALL_VIT |= {"norm_type": "layer_norm", "qk_normalization": False, "qkv_bias": True, "image_size": 448}
+QWEN2_72B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "vocab_size": 152064,
+}
+QWEN2_72B |= {"num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
+QWEN2_HALF_B = {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864}
+QWEN2_HALF_B |= {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151674}
+QWEN2_HALF_B |= {"rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "vision", "llm", "published"),
+    [("NVLM_D", VIT, QWEN2_72B, 79.38e9), ("internvl_chat", SMALL_VIT, QWEN2_HALF_B, 0.938e9)],
+)
+def test_full_models_have_their_published_size(
+    name: str, vision: dict[str, Any], llm: dict[str, Any], published: float
+) -> None:
+    """Which says that the spare heads are on disk: without them NVLM-D would have half a billion less."""
+    config = {"model_type": name, "ps_version": "v2", "vision_config": vision, "llm_config": llm}
+    with torch.device("meta"):
+        model = family_of(config).build(config)
+    assert abs(sum(parameter.numel() for parameter in model.parameters()) - published) < 1e-3 * published
