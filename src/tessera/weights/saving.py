@@ -107,7 +107,8 @@ class Saving:
         """The plan for ``tensors``, by our names, some of them sharded over ``ranks`` (None: this process has all).
 
         Names, shards and types are those of ``origin`` if it is given; else types are those in ``types``, by our names,
-        or the tensors' own. ``dtype`` overrides the type of floating ones. Every rank calls this with its own tensors; with a pipeline, stages tell each other the names of theirs.
+        or the tensors' own. ``dtype`` overrides the type of floating ones. Every rank calls this with its own tensors;
+        with a pipeline, stages tell each other the names of theirs.
         """
         known = types or {}
         found = {name: (known.get(name, tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
