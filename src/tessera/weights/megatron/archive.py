@@ -258,10 +258,15 @@ def _central(label: bytes, header: int, size: int, checksum: int) -> bytes:
     return row + label + extra
 
 
-def tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Stored]]:
-    """The tensors in nested dictionaries, by dotted name."""
-    if isinstance(value, Stored):
-        yield prefix, value
-    elif isinstance(value, Mapping):
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested dictionaries hold, by dotted name."""
+    if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from tensors(inner, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def tensors(value: Any) -> Iterator[tuple[str, Stored]]:
+    """The tensors in nested dictionaries, by dotted name."""
+    return ((name, held) for name, held in leaves(value) if isinstance(held, Stored))

@@ -8,7 +8,7 @@ readers of these formats agree to add is allowed to be more: rows beyond the voc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,21 +34,30 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """The tensors of a model: those of ``table`` in terms of what is ``stored``; no padding is lost."""
+    """The tensors of a model: those of ``table`` in terms of what is ``stored``.
+
+    ``absent``: rows of the table that are not there, because they may be absent.
+    """
 
     path: Path
     table: Table
     tilings: Mapping[str, Tiling]
     dtypes: Mapping[str, torch.dtype]
     stored: Mapping[str, Stored]
+    absent: frozenset[str] = frozenset()
 
     def ours(self) -> dict[str, Tiling]:
-        """Our tensors in terms of what is stored."""
-        return {name: tiling.through(self.tilings) for name, tiling in self.table.inverse.items()}
+        """Our tensors in terms of what is stored, without absent ones."""
+        inverse = self.table.inverse.items()
+        return {name: tiling.through(self.tilings) for name, tiling in inverse if not self._lacks(tiling)}
 
     def our_dtypes(self) -> dict[str, torch.dtype]:
         """The types of our tensors."""
-        return {name: self.dtypes[tiling.tiles[0].source] for name, tiling in self.table.inverse.items()}
+        inverse = self.table.inverse.items()
+        return {name: self.dtypes[tiling.tiles[0].source] for name, tiling in inverse if not self._lacks(tiling)}
+
+    def _lacks(self, tiling: Tiling) -> bool:
+        return any(tile.source in self.absent for tile in tiling.tiles)
 
 
 def fitting(names: Mapping[str, object], table: Table) -> dict[str, str]:
@@ -63,12 +72,17 @@ def fitting(names: Mapping[str, object], table: Table) -> dict[str, str]:
     return found
 
 
-def assemble(found: Found, table: Table) -> Assembled:
-    """Hold what was found against what the model has; UserError with the names where they differ."""
+def assemble(found: Found, table: Table, absent: Sequence[str] = ()) -> Assembled:
+    """Hold what was found against what the model has; UserError with the names where they differ.
+
+    Tensors whose names begin with one of ``absent`` need not be there.
+    """
     called = fitting(found.tilings, table)
     copies = {table.head} if table.tied else set()  # the last pipeline stage holds the embedding a second time
     spare = sorted(found.tilings.keys() - set(called.values()) - copies)
     missing = sorted(table.rows.keys() - called.keys())
+    spared = frozenset(name for name in missing if name.startswith(tuple(absent)))
+    missing = [name for name in missing if name not in spared]
     widened, wrong = _sizes(table, {name: found.tilings[spelled].shape for name, spelled in called.items()})
     holes = sorted(name for name, spelled in called.items() if not found.tilings[spelled].is_full)
     problems = {"missing": missing, "unexpected": spare, "of another shape": wrong, "incomplete": holes}
@@ -77,7 +91,7 @@ def assemble(found: Found, table: Table) -> Assembled:
         raise UserError(f"{found.path}: tensors do not fit config.json; {'; '.join(told)}")
     tilings = {name: found.tilings[spelled] for name, spelled in called.items()}
     dtypes = {name: found.dtypes[spelled] for name, spelled in called.items()}
-    return Assembled(found.path, table.widened(widened), tilings, dtypes, found.stored)
+    return Assembled(found.path, table.widened(widened), tilings, dtypes, found.stored, spared)
 
 
 def _sizes(table: Table, shapes: Mapping[str, Shape]) -> tuple[dict[str, int], list[str]]:

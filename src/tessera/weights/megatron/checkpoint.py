@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -59,17 +59,21 @@ class Megatron:
         found = self.common.get("args")
         return found if isinstance(found, Namespace) else None
 
-    def assembled(self, family: Family, config: HFConfig, dialect: str | None = None) -> Assembled:
+    def assembled(
+        self, family: Family, config: HFConfig, dialect: str | None = None, *, absent: Sequence[str] = ()
+    ) -> Assembled:
         """Its tensors as those of a model; UserError unless they are exactly the model's.
 
-        The dialect is found out by the names if it is not given.
+        The dialect is found out by the names if it is not given. Tensors whose Megatron names begin with one of
+        ``absent`` (a projection that is yet to be trained) need not be there.
         """
         if self.format == TORCH_DIST:
             found = torch_dist.read(self.path)
-            return assemble(found, make_table(family, config, dialect or self._dialect(family, config, found.tilings)))
+            table = make_table(family, config, dialect or self._dialect(family, config, found.tilings))
+            return assemble(found, table, absent)
         files = legacy.read(self.path)
         table = make_table(family, config, dialect or self._dialect(family, config, files.names))
-        return assemble(files.merged(table), table)
+        return assemble(files.merged(table), table, absent)
 
     def _dialect(self, family: Family, config: HFConfig, names: Mapping[str, object]) -> str:
         """The dialect in which most of the names make sense."""
@@ -146,7 +150,12 @@ class OurNames(Checkpoint):
         return self._reader.read(self._tilings[name], part, self.entries[name].dtype)
 
 
-def open_as_ours(path: Path, family: Family, config: HFConfig, dialect: str | None = None) -> OurNames:
-    """The Megatron checkpoint at ``path`` under the names of ``family``'s modules; every tensor accounted for."""
+def open_as_ours(
+    path: Path, family: Family, config: HFConfig, dialect: str | None = None, *, absent: Sequence[str] = ()
+) -> OurNames:
+    """The Megatron checkpoint at ``path`` under the names of ``family``'s modules; every tensor accounted for.
+
+    ``absent``: as in :meth:`Megatron.assembled`; what is not there is no entry.
+    """
     found = locate(path)
-    return OurNames(found.assembled(family, config, dialect), found.root)
+    return OurNames(found.assembled(family, config, dialect, absent=absent), found.root)

@@ -16,12 +16,11 @@ how the safetensors files were laid out, so that the way back can restore names,
 from __future__ import annotations
 
 import json
-import os
 import struct
-from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -34,37 +33,18 @@ from tessera.contract.shards import whole
 from tessera.contract.weightmap import WeightMap
 from tessera.weights.files import DTYPES, Entry, Writer
 from tessera.weights.hf import INDEX, Checkpoint, account, check_copy, copy_side_files, shapes_of
-from tessera.weights.megatron import legacy, torch_dist_writer
+from tessera.weights.megatron import legacy_writer, torch_dist_writer
 from tessera.weights.megatron.assembled import Assembled
-from tessera.weights.megatron.checkpoint import LEGACY, TORCH_DIST, TRACKER, locate
-from tessera.weights.megatron.ranks import Ranks
-from tessera.weights.megatron.stored import Reader, Stored
+from tessera.weights.megatron.checkpoint import LEGACY, TORCH_DIST, locate
+from tessera.weights.megatron.options import Options, common, stacks, vocabulary
+from tessera.weights.megatron.publish import publishing
+from tessera.weights.megatron.stored import Reader, Stored, at_once
 from tessera.weights.megatron.table import Table
 from tessera.weights.megatron.tiling import Shape, Tile, Tiling
 from tessera.weights.megatron.towers import make_table
 from tessera.weights.saving import Saving, bytes_of, write_index
 
 LAYOUT = "hf_layout.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What is written: ``format`` torch_dist or torch; ``stacked`` None: as the dialect's own jobs would.
-
-    ``local``: under the names of Megatron's own modules, not Transformer Engine's.
-    The vocabulary has ``padded_vocab_size`` rows, or the next multiple of ``vocab_divisor`` times ``ranks.tp``; of
-    neither, the model's own. ``iteration`` None is a release. ``dtype`` overrides the type of floating tensors.
-    """
-
-    dialect: str = "swift"
-    format: str = TORCH_DIST
-    stacked: bool | None = None
-    ranks: Ranks = field(default_factory=Ranks)
-    padded_vocab_size: int | None = None
-    vocab_divisor: int | None = None
-    iteration: int | None = 1
-    dtype: torch.dtype | None = None
-    local: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +119,23 @@ def to_megatron(source: Source, family: Family, config: HFConfig, root: Path, op
     UserError if the layout cannot be; OSError if the disk refuses (nothing is left under the iteration's name).
     """
     table = make_table(family, config, options.dialect)
+    check_empty(source, table)
     values = {name: tiling.through(source.tilings) for name, tiling in table.tilings.items()}
-    dtypes = _widest(table, source.dtypes, options.dtype)
+    dtypes = widest(table, source.dtypes, options.dtype)
     write(root, table, values, dtypes, source.stored, options, config)
     return Account(len(table.rows), _elements(table), source.left_out, options.dialect)
+
+
+def check_empty(source: Source, table: Table) -> None:
+    """UserError if a tensor has values where the table says that it is empty: they would be lost."""
+    inverse = table.inverse
+    with Reader(source.stored) as reader:
+        for name in sorted(table.empty):
+            values = reader.read(source.tilings[name]).clone()
+            for tile in inverse[name].tiles:
+                values[tile.where] = 0
+            if values.count_nonzero():
+                raise UserError(f"{source.path}: {name} has values in heads that must be zero")
 
 
 def write(
@@ -154,30 +147,23 @@ def write(
     options: Options,
     config: HFConfig,
 ) -> None:
-    """Write an iteration below ``root`` under a hidden name, rename it, then name it in the tracker."""
+    """Write the tensors of ``table`` as an iteration below ``root``, which the tracker then names."""
     ranks = options.ranks
     table = table.for_ranks(ranks.tp, vocabulary(table, options))
     ranks.check(table)
     # Tables of other ranks may have been longer: what is beyond is padding there, and here.
     values = {name: Tiling(row.shape, values[name].tiles) for name, row in table.rows.items()}
-    name = "release" if options.iteration is None else f"iter_{options.iteration:07d}"
-    aside, final = root / f".writing-{name}", root / name
-    if final.exists():
-        raise UserError(f"{final}: exists already; choose another directory")
-    aside.mkdir()
-    common = _common(table, dtypes, options, config)
-    with Reader(stored) as reader:
+    held = common(table, dtypes, options, config)
+    with Reader(stored) as reader, publishing(root, options.iteration) as aside:
         if options.format == TORCH_DIST:
-            stacked = _stacks(table, options)
+            stacked = stacks(table, options)
             if not stacked:
-                common["content_metadata"] = {"non_homogeneous_layers": True}
+                held["content_metadata"] = {"non_homogeneous_layers": True}
             plan = torch_dist_writer.plan(table, dtypes, ranks, stacked=stacked, local=options.local)
-            torch_dist_writer.write(aside, plan, values, reader, common)
+            torch_dist_writer.write(aside, plan, values, reader, held)
         else:
-            del common["content_metadata"]
-            legacy.write(aside, table, dtypes, ranks, values, reader, common, local=options.local)
-    aside.rename(final)
-    _write_text(root / TRACKER, "release" if options.iteration is None else str(options.iteration))
+            del held["content_metadata"]
+            legacy_writer.write(aside, table, dtypes, ranks, values, reader, held, local=options.local)
 
 
 def reshard(
@@ -234,10 +220,13 @@ def to_hf(
     placed = _disk_tensors(saving, shapes)
     with ExitStack() as stack, Reader(source.stored) as reader:
         writer = Writer(out, saving.entries, origin.metadata if origin else {}, stack)
-        for name, entry in saving.entries.items():
+
+        def write_tensor(name: str) -> None:
             made = placed[name].through(source.tilings)
-            for part, values in reader.boxes(made, entry.dtype):
+            for part, values in reader.boxes(made, saving.entries[name].dtype):
                 writer.put(name, values, part)
+
+        at_once(partial(write_tensor, name) for name in saving.entries)
     if index is not None and origin is not None and saving.entries == origin.entries:
         (out / INDEX).write_text(index, "utf-8")
     else:
@@ -314,7 +303,7 @@ def write_side_files(checkpoint: Checkpoint, root: Path, dtype: torch.dtype | No
     (root / LAYOUT).write_text(json.dumps({"files": files, "index": text}), "utf-8")
 
 
-def _widest(table: Table, ours: Mapping[str, torch.dtype], asked: torch.dtype | None) -> dict[str, torch.dtype]:
+def widest(table: Table, ours: Mapping[str, torch.dtype], asked: torch.dtype | None) -> dict[str, torch.dtype]:
     """The type of every Megatron tensor: the widest of what it consists of, or the one asked for."""
     found = {}
     for name, row in table.rows.items():
@@ -329,66 +318,6 @@ def _widest(table: Table, ours: Mapping[str, torch.dtype], asked: torch.dtype | 
 
 def _elements(table: Table) -> int:
     return sum(prod(shape) for shape in table.ours.values())
-
-
-def vocabulary(table: Table, options: Options) -> int | None:
-    """Rows of the embedding; UserError if they are fewer than the tokens."""
-    tokens = table.decoder.vocab
-    if options.padded_vocab_size is not None:
-        if options.padded_vocab_size < tokens:
-            raise UserError(f"--padded_vocab_size {options.padded_vocab_size}: the model has {tokens} tokens")
-        return options.padded_vocab_size
-    if options.vocab_divisor is None:
-        return None
-    step = options.vocab_divisor * options.ranks.tp
-    return -(-tokens // step) * step
-
-
-def _stacks(table: Table, options: Options) -> bool:
-    """Whether equal layers become one tensor: as jobs of the dialect do it, unless told."""
-    if options.stacked is not None:
-        return options.stacked
-    moe = table.decoder.moe
-    uniform = moe is None or len(moe.layers) == table.layers
-    return uniform and not (options.dialect == "pai" and moe is not None)
-
-
-def _common(table: Table, dtypes: Mapping[str, torch.dtype], options: Options, config: HFConfig) -> dict[str, Any]:
-    """What is not a tensor: the arguments that readers compare with their own, and no training state."""
-    decoder, ranks, moe = table.decoder, options.ranks, table.decoder.moe
-    dtype = dtypes[table.embedding]
-    text = {**config, **config.get("text_config", {})}
-    implementation = "local" if options.local else "transformer_engine"
-    args = Namespace(
-        num_layers=decoder.layers, hidden_size=decoder.hidden, ffn_hidden_size=decoder.inner,
-        num_attention_heads=decoder.heads, num_query_groups=decoder.kv_heads, kv_channels=decoder.head_dim,
-        group_query_attention=decoder.kv_heads != decoder.heads, add_position_embedding=True,
-        position_embedding_type="rope", max_position_embeddings=text.get("max_position_embeddings"),
-        rotary_base=int(decoder.rope.theta), normalization="RMSNorm", norm_epsilon=decoder.eps, swiglu=True,
-        add_bias_linear=decoder.mlp_bias, add_qkv_bias=decoder.qkv_bias, qk_layernorm=decoder.qk_norm,
-        untie_embeddings_and_output_weights=not decoder.tied, padded_vocab_size=table.rows[table.embedding].shape[0],
-        make_vocab_size_divisible_by=options.vocab_divisor or 1, params_dtype=dtype,
-        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
-        tensor_model_parallel_size=ranks.tp, pipeline_model_parallel_size=ranks.pp,
-        expert_model_parallel_size=ranks.ep, expert_tensor_parallel_size=ranks.expert_tp,
-        num_experts=moe.experts if moe else None, moe_router_topk=moe.top_k if moe else 2,
-        moe_ffn_hidden_size=moe.inner if moe else None,
-        world_size=max(ranks.tp, ranks.expert_tp * ranks.ep) * ranks.pp, data_parallel_size=1,
-        iteration=options.iteration or 0, ckpt_format=options.format, transformer_impl=implementation,
-        no_save_optim=True, no_save_rng=True,
-        consumed_train_samples=0, consumed_valid_samples=0, skipped_train_samples=0,
-    )  # fmt: skip
-    return {"args": args, "checkpoint_version": 3.0, "iteration": options.iteration or 0, "content_metadata": {}}
-
-
-def _write_text(file: Path, text: str) -> None:
-    """Replace a small file at once."""
-    aside = file.with_name(f".writing-{file.name}")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(file)
 
 
 __all__ = [

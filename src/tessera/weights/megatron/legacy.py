@@ -10,24 +10,19 @@ but their pickles is read), :meth:`RankFiles.merged` puts the shards together as
 
 from __future__ import annotations
 
-import os
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tessera.config.errors import UserError
 from tessera.weights.megatron import archive
 from tessera.weights.megatron.assembled import Found, fitting
-from tessera.weights.megatron.names import local_spelling
 from tessera.weights.megatron.ranks import Ranks, shard
-from tessera.weights.megatron.stored import Reader, Stored
+from tessera.weights.megatron.stored import Stored
 from tessera.weights.megatron.table import Row, Table
 from tessera.weights.megatron.tiling import Tile, Tiling, same
 
@@ -141,28 +136,62 @@ def _place(tile: Tile, piece: Piece, key: str) -> Tile:
     return Tile(key, inside, where)
 
 
-def read(path: Path) -> RankFiles:
-    """Open every rank's file below ``path``; UserError if one is missing, damaged or not to be trusted."""
+@dataclass(frozen=True, slots=True)
+class RankFile:
+    """The opened file of a rank: its state dicts (one per virtual stage) and the layer each of them begins with."""
+
+    folder: Path
+    held: Mapping[str, Any]
+    models: Sequence[Mapping[str, Any]]
+    begins: Sequence[int]
+
+    def tensors(self) -> Iterator[tuple[str, int, Stored]]:
+        """Local names, where the layers of their state dict begin, and tensors; extra states are passed over."""
+        for model, begin in zip(self.models, self.begins, strict=True):
+            for name, tensor in archive.tensors(model):
+                if "_extra_state" not in name:
+                    yield PREFIX.sub("", name), begin, tensor
+
+
+Rank = tuple[int, int, int]
+"""Tensor, pipeline and expert rank."""
+
+
+def open_ranks(path: Path) -> dict[Rank, RankFile]:
+    """The files of all ranks below ``path``; UserError if one is missing, damaged or not to be trusted."""
     folders = {folder: FOLDER.fullmatch(folder.name) for folder in sorted(path.glob("mp_rank_*"))}
     loaded = {folder: archive.load(_file(folder)) for folder, found in folders.items() if found is not None}
     if not loaded:
         raise UserError(f"{path}: has no mp_rank_* directories")
-    args = next((held["args"] for held in loaded.values() if isinstance(held.get("args"), Namespace)), None)
-    ranks = _coordinates(path, loaded, args)
-    stages = sorted({pp for _, pp, _ in ranks})
+    for folder, held in loaded.items():
+        if not isinstance(held, Mapping):
+            raise UserError(f"{_file(folder)}: holds no dictionary, so no model")
+    ranks = _coordinates(path, loaded, arguments(loaded.values()))
     begins = _layer_offsets(loaded, ranks)
+    found = {}
+    for rank, folder in sorted(ranks.items()):
+        models = _models(loaded[folder], folder)
+        found[rank] = RankFile(folder, loaded[folder], models, [begins[rank[1], at] for at in range(len(models))])
+    return found
+
+
+def arguments(files: Iterable[Mapping[str, Any]]) -> Namespace | None:
+    """The job's arguments, from the first file that has them."""
+    return next((held["args"] for held in files if isinstance(held.get("args"), Namespace)), None)
+
+
+def read(path: Path) -> RankFiles:
+    """What the ranks hold, by canonical name; their pickles are read, data is not."""
+    ranks = open_ranks(path)
     names: dict[str, list[Piece]] = {}
     stored: dict[str, Stored] = {}
-    for (tp, pp, ep), folder in sorted(ranks.items()):
-        for chunk, model in enumerate(_models(loaded[folder], folder)):
-            for local, tensor in archive.tensors(model):
-                if "_extra_state" in local:
-                    continue
-                key = f"{folder.name}/{chunk}/{local}"
-                stored[key] = tensor
-                name, piece = _canonical(PREFIX.sub("", local), begins[pp, chunk], Piece(key, tp, ep))
-                names.setdefault(name, []).append(piece)
-    assert stages == list(range(len(stages)))
+    for (tp, _, ep), file in ranks.items():
+        for local, begin, tensor in file.tensors():
+            key = f"{file.folder.name}/{begin}/{local}"
+            stored[key] = tensor
+            name, piece = _canonical(local, begin, Piece(key, tp, ep))
+            names.setdefault(name, []).append(piece)
+    args = arguments(file.held for file in ranks.values())
     return RankFiles(path, names, stored, 1 + max(r[0] for r in ranks), 1 + max(r[2] for r in ranks), args)
 
 
@@ -268,89 +297,3 @@ def _canonical(name: str, begin: int, piece: Piece) -> tuple[str, Piece]:
     if match is not None:
         return f"{match[1]}.experts.linear_fc{match[2]}.weight", replace(piece, joint=True)
     return name, piece
-
-
-def write(
-    folder: Path,
-    table: Table,
-    dtypes: Mapping[str, torch.dtype],
-    ranks: Ranks,
-    values: Mapping[str, Tiling],
-    reader: Reader,
-    common: Mapping[str, Any],
-    *,
-    local: bool = False,
-) -> None:
-    """Write every rank's file into the existing, empty directory ``folder``; OSError if the disk refuses.
-
-    ``local``: under the names of Megatron's own modules, not Transformer Engine's, with experts run one by one.
-    """
-    for pp in range(ranks.pp):
-        for tp in range(ranks.tp):
-            for ep in range(ranks.ep):
-                made: dict[archive.Blank, Tiling] = {}
-                model: dict[str, Any] = {}
-                for name, tiling in _held(table, ranks, (tp, pp, ep), local):
-                    blank = archive.Blank(dtypes[tiling.tiles[0].source], tiling.shape)
-                    made[blank] = tiling
-                    model[name] = blank
-                    module = name.rpartition(".")[0]
-                    if not local and module.rpartition(".")[2] in EXTRA and not name.startswith("visual."):
-                        model[f"{module}._extra_state"] = None
-                _write_rank(folder / _folder(ranks, tp, pp, ep), {**common, "model": model}, made, values, reader)
-
-
-def _write_rank(
-    folder: Path,
-    held: Mapping[str, Any],
-    made: Mapping[archive.Blank, Tiling],
-    values: Mapping[str, Tiling],
-    reader: Reader,
-) -> None:
-    folder.mkdir()
-    with ExitStack() as stack:
-        descriptor = os.open(folder / FILES[0], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        stack.callback(os.close, descriptor)
-
-        def payload(blank: archive.Blank) -> Iterator[torch.Tensor]:
-            return reader.bands(made[blank].through(values), blank.dtype)
-
-        archive.save(descriptor, 0, held, payload, FILES[0].removesuffix(".pt"))
-        os.fsync(descriptor)
-
-
-def _folder(ranks: Ranks, tp: int, pp: int, ep: int) -> str:
-    parts = [f"mp_rank_{tp:02d}"]
-    parts += [f"{pp:03d}"] if ranks.pp > 1 else []
-    parts += [f"{ep:03d}"] if ranks.ep > 1 else []
-    return "_".join(parts)
-
-
-def _held(table: Table, ranks: Ranks, rank: tuple[int, int, int], local_modules: bool) -> Iterator[tuple[str, Tiling]]:
-    """What a rank holds: its names, and its shards in terms of canonical tensors."""
-    tp, pp, ep = rank
-    layers = ranks.layers(table.layers)[pp]
-    for name, row in table.rows.items():
-        if ranks.stage_of(row, table) != pp:
-            continue
-        local = name
-        found = LAYER.fullmatch(name)
-        if found is not None and row.layer is not None:
-            local = f"{found[1]}{row.layer - layers.start}.{found[3]}"
-        if local_modules:
-            local = local_spelling(local, sparse=False, sharded=False)
-        mine = shard(name, row, ranks, tp, ep)
-        if not row.split.experts:
-            yield local, mine
-            continue
-        stem, leaf = local.split(".experts.experts.")
-        for expert in range(mine.shape[0]):
-            tiles = (Tile(t.source, (_one(t.inside[0], expert), *t.inside[1:]), t.where[1:]) for t in mine.tiles)
-            alone, grouped = f"{stem}.experts.local_experts.{expert}.{leaf}", f"{stem}.experts.{leaf}{expert}"
-            yield alone if local_modules else grouped, Tiling(mine.shape[1:], tuple(tiles))
-    if table.tied and ranks.pp > 1 and pp == ranks.pp - 1:
-        yield table.head, shard(table.embedding, table.rows[table.embedding], ranks, tp, ep)
-
-
-def _one(experts: slice, at: int) -> slice:
-    return slice(experts.start + at, experts.start + at + 1)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -25,8 +27,11 @@ from tessera.contract.shards import Part, whole
 from tessera.weights.files import runs
 from tessera.weights.megatron.tiling import Shape, Tile, Tiling, extents
 
-BAND = 16 * 2**20
-"""Bytes of a band."""
+BAND = 4 * 2**20
+"""Bytes of a band: small enough to stay in the processor's cache from reading through the checksum to writing."""
+
+WORKERS = 4
+"""Bands under way at the same time, at most: reading, checksums and writing all let other threads run."""
 
 RUN = 16 * 2**10
 """Bytes from which on a run is read by itself rather than through a mapping."""
@@ -54,6 +59,7 @@ class Reader:
     def __init__(self, stored: Mapping[str, Stored]) -> None:
         self.stored = stored
         self._open: dict[Path, int] = {}
+        self._lock = Lock()
         self._stack = ExitStack()
 
     def __enter__(self) -> Reader:
@@ -155,13 +161,25 @@ class Reader:
         return flat.view(source.dtype).as_strided(extents(part), strides)
 
     def _descriptor(self, file: Path) -> int:
-        if file not in self._open:
-            try:
-                self._open[file] = os.open(file, os.O_RDONLY)
-            except OSError as error:
-                raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-            self._stack.callback(os.close, self._open[file])
-        return self._open[file]
+        with self._lock:
+            if file not in self._open:
+                try:
+                    self._open[file] = os.open(file, os.O_RDONLY)
+                except OSError as error:
+                    raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+                self._stack.callback(os.close, self._open[file])
+            return self._open[file]
+
+
+def at_once(tasks: Iterable[Callable[[], None]]) -> None:
+    """Run all tasks, several at a time; the first error stops those that have not begun and is raised."""
+    workers = max(1, min(WORKERS, len(os.sched_getaffinity(0))))
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for future in [pool.submit(task) for task in tasks]:
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _strides(shape: Shape) -> Shape:

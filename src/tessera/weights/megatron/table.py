@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from tessera.contract.shards import whole
 from tessera.models.decoder import DecoderConfig
-from tessera.weights.megatron.tiling import Shape, Tile, Tiling, inverted, overlapping, same, uncovered
+from tessera.weights.megatron.tiling import Shape, Tile, Tiling, extents, inverted, overlapping, uncovered
 
 Source = tuple[str, int, int]
 """Rows of one of our tensors: its name, the first row, how many."""
@@ -66,29 +66,37 @@ class Row:
 class Table:
     """All tensors of a model in one dialect.
 
-    ``ours`` are the shapes of our tensors by our names, ``language`` is what precedes the decoder's names there.
+    ``ours`` are the shapes of our tensors by our names, ``language`` is what precedes the decoder's names there,
+    ``decoder`` its configuration (None: the checkpoint is a tower alone). ``empty`` are those of ours whose last rows
+    or columns have no place, because they are zero: heads that only make their number even.
     """
 
     dialect: str
     ours: Mapping[str, Shape]
     rows: Mapping[str, Row]
     language: str
-    decoder: DecoderConfig
+    decoder: DecoderConfig | None
+    empty: frozenset[str] = frozenset()
 
     @property
     def layers(self) -> int:
-        """Layers of the decoder."""
-        return self.decoder.layers
+        """Layers of the decoder, 0 if there is none."""
+        return self.decoder.layers if self.decoder else 0
 
     @property
     def experts(self) -> int:
         """Experts of a sparse layer, 0 if there are none."""
-        return self.decoder.moe.experts if self.decoder.moe else 0
+        return self.decoder.moe.experts if self.decoder and self.decoder.moe else 0
+
+    @property
+    def sparse(self) -> frozenset[int]:
+        """The layers that have experts."""
+        return self.decoder.moe.layers if self.decoder and self.decoder.moe else frozenset()
 
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
-        return self.decoder.tied
+        return self.decoder is not None and self.decoder.tied
 
     @property
     def tilings(self) -> dict[str, Tiling]:
@@ -140,6 +148,7 @@ class Builder:
 
     ours: Mapping[str, Shape]
     rows: dict[str, Row] = field(default_factory=dict)
+    empty: set[str] = field(default_factory=set)
 
     def keep(
         self,
@@ -150,14 +159,21 @@ class Builder:
         layer: int | None = None,
         last: bool = False,
         shape: Shape | None = None,
+        first: int | None = None,
     ) -> None:
-        """A tensor as it is, under another name; ``shape`` may leave out dimensions of extent 1 in front."""
+        """A tensor as it is, under another name.
+
+        ``shape`` may leave out dimensions of extent 1 in front. Of the dimension that is divided only the ``first``
+        rows or columns are kept; the others are empty.
+        """
         full = self.ours[ours]
-        if shape is None:
-            tiling = same(ours, full)
-        else:
-            tiling = Tiling(shape, (Tile(ours, whole(full), whole(shape)),))
-        self._add(theirs, Row(tiling, split, layer, last))
+        kept = list(whole(full))
+        if first is not None and split.axis is not None and first < full[split.axis]:
+            kept[split.axis] = slice(0, first)
+            self.empty.add(ours)
+        target = extents(tuple(kept)) if shape is None else shape
+        tiling = Tiling(target, (Tile(ours, tuple(kept), whole(target)),))
+        self.add(theirs, Row(tiling, split, layer, last))
 
     def join(self, theirs: str, ours: Sequence[str], split: Split, *, layer: int | None = None) -> None:
         """Tensors one after the other along dimension 0."""
@@ -168,7 +184,7 @@ class Builder:
     ) -> None:
         """Rows of several tensors in turn: per group, so many of the first, of the second, ...
 
-        A part is (name, first row, rows per group).
+        A part is (name, first row, rows per group). A tensor with more rows than the groups take has empty ones.
         """
         rest = self.ours[parts[0][0]][1:]
         tiles, at = [], 0
@@ -177,16 +193,21 @@ class Builder:
                 inside = (slice(first + group * rows, first + (group + 1) * rows), *whole(rest))
                 tiles.append(Tile(name, inside, (slice(at, at + rows), *whole(rest))))
                 at += rows
-        self._add(theirs, Row(Tiling((at, *rest), tuple(tiles)), split, layer))
+        taken: dict[str, int] = {}
+        for name, _, rows in parts:
+            taken[name] = taken.get(name, 0) + groups * rows
+        self.empty |= {name for name, rows in taken.items() if rows < self.ours[name][0]}
+        self.add(theirs, Row(Tiling((at, *rest), tuple(tiles)), split, layer))
 
-    def _add(self, theirs: str, row: Row) -> None:
+    def add(self, theirs: str, row: Row) -> None:
+        """A row under its name."""
         assert theirs not in self.rows, f"two tensors would be called {theirs}"
         self.rows[theirs] = row
 
-    def table(self, dialect: str, language: str, decoder: DecoderConfig) -> Table:
+    def table(self, dialect: str, language: str, decoder: DecoderConfig | None) -> Table:
         """The finished table; every element of ours must have exactly one place."""
-        table = Table(dialect, self.ours, self.rows, language, decoder)
-        wrong = uncovered(table.inverse)
+        table = Table(dialect, self.ours, self.rows, language, decoder, frozenset(self.empty))
+        wrong = uncovered({name: tiling for name, tiling in table.inverse.items() if name not in self.empty})
         assert not wrong, f"{dialect}: without a place, or with two: {wrong[:4]}"
         assert not any(overlapping(row.tiling.tiles) for row in self.rows.values()), f"{dialect}: tiles overlap"
         return table

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from tessera.weights.files import write_all
 from tessera.weights.megatron import archive
 from tessera.weights.megatron.names import local_spelling
 from tessera.weights.megatron.ranks import Ranks, shard
-from tessera.weights.megatron.stored import Reader
+from tessera.weights.megatron.stored import Reader, at_once
 from tessera.weights.megatron.table import Row, Table
 from tessera.weights.megatron.tiling import Shape, Tile, Tiling, extents
 from tessera.weights.megatron.torch_dist import METADATA, Chunk
@@ -36,6 +36,7 @@ from tessera.weights.megatron.torch_dist import METADATA, Chunk
 THREADS = 2
 LAYER = re.compile(r"(.*\.|)(layers|deepstack_merger_list)\.(\d+)\.(.*)")
 LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+ADAPTERS = ("default",)
 NORMS = ("q_layernorm", "k_layernorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm")
 
 
@@ -72,8 +73,8 @@ def plan(table: Table, dtypes: Mapping[str, torch.dtype], ranks: Ranks, *, stack
     extras: dict[str, int] = {}
     for name, row in table.rows.items():
         first = ranks.stage_of(row, table) * size
-        sparse = table.decoder.moe is not None and row.layer in table.decoder.moe.layers
-        disk, layer, count = _on_disk(local_spelling(name, sparse=sparse, sharded=True) if local else name, counts)
+        spelled = local_spelling(name, sparse=row.layer in table.sparse, sharded=True) if local else name
+        disk, layer, count = _on_disk(spelled, counts)
         lead = () if layer is None else (layer,)
         shapes[disk] = (*((count,) if lead else ()), *row.shape)
         types[disk] = dtypes[name]
@@ -134,7 +135,7 @@ def _extra_states(name: str, row: Row, layer: int | None, count: int, disk: str)
             own = f"shard_{expert}_{row.shape[0]}"
             stacked = f"shard_{layer}.{expert}_{count}.{row.shape[0]}"
             yield f"{module}._extra_state/{own if layer is None else stacked}"
-    elif module.rpartition(".")[2] in LINEAR + NORMS:
+    elif module.rpartition(".")[2] in LINEAR + NORMS + ADAPTERS:
         yield f"{module}._extra_state/{shard_of}"
         if module.endswith(".self_attention.linear_qkv"):
             yield f"{module.removesuffix('linear_qkv')}core_attention._extra_state/{shard_of}"
@@ -147,23 +148,25 @@ def write(folder: Path, planned: Plan, values: Mapping[str, Tiling], reader: Rea
     """
     placed: dict[tuple[str, Shape], Chunk] = {}
     objects: dict[str, Chunk] = {}
-    for file, chunks, extras in _files(planned):
+
+    def write_file(file: str, chunks: Sequence[Planned], extras: Sequence[str]) -> None:
         with ExitStack() as stack:
             descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             stack.callback(os.close, descriptor)
             at = 0
             for chunk in chunks:
-                dtype = planned.dtypes[chunk.name]
                 made = chunk.tiling.through(values)
-                payload = partial(_payload, reader, made)
-                length = archive.save(descriptor, at, archive.Blank(dtype, made.shape), payload)
-                placed[chunk.name, chunk.offset] = Chunk(chunk.offset, chunk.tiling.shape, file, at, length)
+                blank = archive.Blank(planned.dtypes[chunk.name], made.shape)
+                length = archive.save(descriptor, at, blank, partial(_payload, reader, made))
+                placed[chunk.name, chunk.offset] = Chunk(chunk.offset, made.shape, file, at, length)
                 at += length
             for name in extras:
                 length = archive.save(descriptor, at, [None], lambda blank: ())
                 objects[name] = Chunk((), (), file, at, length)
                 at += length
             os.fsync(descriptor)
+
+    at_once(partial(write_file, *held) for held in _files(planned))
     torch.save(dict(common), folder / "common.pt")
     version = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     version |= {"common_backend": "torch", "common_backend_version": 1}
@@ -210,14 +213,17 @@ def _write_metadata(
 
     described: dict[str, Any] = {}
     stored: dict[MetadataIndex, Any] = {}
-    for (name, offset), chunk in placed.items():
+    for written in planned.chunks:
+        name, offset = written.name, written.offset
+        chunk = placed[name, offset]
         if name not in described:
             properties = TensorProperties(dtype=planned.dtypes[name])
             described[name] = TensorStorageMetadata(properties, torch.Size(planned.shapes[name]), [])
         parts = described[name].chunks
         stored[MetadataIndex(name, offset, len(parts))] = _StorageInfo(chunk.file, chunk.start, chunk.length)
         parts.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(chunk.shape)))
-    for name, chunk in objects.items():
+    for name in planned.extras:
+        chunk = objects[name]
         described[name] = BytesStorageMetadata()
         stored[MetadataIndex(name)] = _StorageInfo(chunk.file, chunk.start, chunk.length)
     data = pickle.dumps(Metadata(described, None, stored))

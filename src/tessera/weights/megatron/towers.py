@@ -25,12 +25,15 @@ import torch
 
 from tessera.config.errors import UserError
 from tessera.contract.model import Family, HFConfig
+from tessera.contract.shards import whole
+from tessera.contract.weightmap import WeightMap
 from tessera.models.tiled import TiledTower
 from tessera.models.tower import Tower
 from tessera.models.vlm import VLM
 from tessera.weights.hf import shapes_of
 from tessera.weights.megatron.names import add_decoder, add_gated
-from tessera.weights.megatron.table import COLUMNS, COPIED, ROWS, Builder, Source, Split, Table, leaves
+from tessera.weights.megatron.table import COLUMNS, COPIED, ROWS, Builder, Row, Source, Split, Table, leaves
+from tessera.weights.megatron.tiling import Tile, Tiling
 
 DIALECTS = ("pai", "bridge", "swift", "lm")
 LANGUAGE = "language_model."
@@ -38,7 +41,7 @@ OURS = "model.visual."
 THEIRS = "vision_model."
 LEAVES = ("weight", "bias")
 
-AddTower = Callable[[Builder, VLM], None]
+AddTower = Callable[[Builder, VLM, WeightMap], None]
 
 
 def make_table(family: Family, config: HFConfig, dialect: str) -> Table:
@@ -57,7 +60,7 @@ def make_table(family: Family, config: HFConfig, dialect: str) -> Table:
     decoder = module.decoder.config
     add_decoder(to, decoder, "model.language_model." if sees else "model.", language)
     if sees:
-        known[dialect](to, module)
+        known[dialect](to, module, family.weightmap(config, []))
     return to.table(dialect, language, decoder)
 
 
@@ -113,14 +116,14 @@ def _merger(to: Builder, ours: str, theirs: str, parts: Mapping[str, str]) -> No
             _keep(to, f"{theirs}{two}.{leaf}", f"{ours}{one}.{leaf}", split)
 
 
-def _pai_windowed(to: Builder, module: VLM) -> None:
+def _pai_windowed(to: Builder, module: VLM, released: WeightMap) -> None:
     """A gated tower with windows, whose merger norms before it merges."""
     _blocks(to, module)
     parts = {"ln_q": "decoder.final_layernorm", "mlp.0": "projection.encoder.linear_fc1"}
     _merger(to, f"{OURS}merger.", THEIRS, parts | {"mlp.2": "projection.encoder.linear_fc2"})
 
 
-def _pai_deepstack(to: Builder, module: VLM) -> None:
+def _pai_deepstack(to: Builder, module: VLM, released: WeightMap) -> None:
     """A tower with deepstack: one merger at its end, others on the way."""
     tower = _blocks(to, module)
     first, second = "projection.encoder.linear_fc1", "projection.encoder.linear_fc2"
@@ -133,7 +136,7 @@ def _pai_deepstack(to: Builder, module: VLM) -> None:
         _merger(to, f"{OURS}deepstack_merger_list.{level}.", THEIRS, parts)
 
 
-def _bridge_deepstack(to: Builder, module: VLM) -> None:
+def _bridge_deepstack(to: Builder, module: VLM, released: WeightMap) -> None:
     """The same as Megatron-Bridge names it."""
     tower = _blocks(to, module)
     parts = {"norm": "patch_norm", "linear_fc1": "linear_fc1", "linear_fc2": "linear_fc2"}
@@ -146,7 +149,7 @@ def _bridge_deepstack(to: Builder, module: VLM) -> None:
 def _as_it_is(prefixes: Mapping[str, str]) -> AddTower:
     """transformers' modules, unchanged, below other names."""
 
-    def add(to: Builder, module: VLM) -> None:
+    def add(to: Builder, module: VLM, released: WeightMap) -> None:
         for ours, theirs in prefixes.items():
             for name in leaves(to.ours, ours):
                 to.keep(f"{theirs}{name}", f"{ours}{name}")
@@ -154,7 +157,23 @@ def _as_it_is(prefixes: Mapping[str, str]) -> AddTower:
     return add
 
 
-def _lm_tiled(to: Builder, module: VLM) -> None:
+def _as_released(to: Builder, module: VLM, released: WeightMap) -> None:
+    """The modules of a family's own code, unchanged, below ``visual``: tensors as its checkpoints have them."""
+    tiles: dict[str, list[Tile]] = {}
+    for name, shape in to.ours.items():
+        if name.startswith(("model.language_model.", "lm_head.")):
+            continue
+        for piece in released.pieces(name, shape):
+            found = piece.overlap(whole(shape))
+            assert found is not None, f"{piece} holds nothing of {name}"
+            inside, where = found
+            tiles.setdefault(piece.disk, []).append(Tile(name, where, inside, piece.turned))
+    for disk, held in tiles.items():
+        ends = tuple(max(tile.where[at].stop for tile in held) for at in range(len(held[0].where)))
+        to.add(f"visual.{disk}", Row(Tiling(ends, tuple(held))))
+
+
+def _lm_tiled(to: Builder, module: VLM, released: WeightMap) -> None:
     """A tiled tower as Megatron-LM's example has it, and its projection."""
     config = cast(TiledTower, module.visual).config
     own = "model.vision_tower."
@@ -179,8 +198,8 @@ def _lm_tiled(to: Builder, module: VLM) -> None:
 
 
 def _tiled_layer(to: Builder, ours: str, theirs: str, hidden: int, heads: int) -> None:
-    """One layer; where tensor ranks outnumber or do not divide the heads, empty heads fill them up."""
-    head = hidden // heads
+    """One layer. Where tensor ranks do not divide the heads, empty heads fill them up there; ours, if any, go."""
+    head, wide = hidden // heads, hidden
     attention, their = f"{ours}attention.", f"{theirs}self_attention."
     for one, two in {"lambda_1": "ls1", "lambda_2": "ls2"}.items():
         to.keep(f"{theirs}{two}", f"{ours}{one}")
@@ -190,12 +209,15 @@ def _tiled_layer(to: Builder, ours: str, theirs: str, hidden: int, heads: int) -
         if f"{attention}q_proj.{leaf}" in to.ours:
             parts: list[Source] = [(f"{attention}{name}_proj.{leaf}", 0, head) for name in "qkv"]
             to.interleave(f"{their}linear_qkv.{leaf}", parts, heads, Split(0, unit=3 * head, pads=True))
-        across = Split(1, unit=head, pads=True) if leaf == "weight" else COPIED
-        to.keep(f"{their}linear_proj.{leaf}", f"{attention}projection_layer.{leaf}", across)
+        if f"{attention}projection_layer.{leaf}" in to.ours:
+            across = Split(1, unit=head, pads=True) if leaf == "weight" else COPIED
+            to.keep(f"{their}linear_proj.{leaf}", f"{attention}projection_layer.{leaf}", across, first=wide)
         to.keep(f"{theirs}mlp.linear_fc1.{leaf}", f"{ours}mlp.fc1.{leaf}", COLUMNS)
         to.keep(f"{theirs}mlp.linear_fc2.{leaf}", f"{ours}mlp.fc2.{leaf}", ROWS if leaf == "weight" else COPIED)
     for name in "qk":
-        _keep(to, f"{their}{name}_layernorm.weight", f"{attention}{name}_norm.weight", Split(0, unit=head, pads=True))
+        if f"{attention}{name}_norm.weight" in to.ours:
+            own, split = f"{attention}{name}_norm.weight", Split(0, unit=head, pads=True)
+            to.keep(f"{their}{name}_layernorm.weight", own, split, first=wide)
 
 
 _SEEN_BY_SWIFT = _as_it_is({OURS: "visual.visual."})
@@ -211,5 +233,7 @@ TOWERS: Mapping[str, Mapping[str, AddTower]] = {
     "qwen3_vl_moe": _DEEPSTACK,
     "glm4v_moe": {"bridge": _SEEN_BY_BRIDGE, "swift": _SEEN_BY_SWIFT},
     "internvl": {"swift": _TILED_BY_SWIFT, "lm": _lm_tiled},
+    "internvl_chat": {"swift": _as_released, "lm": _lm_tiled},
+    "nvlm_d": {"lm": _lm_tiled},
 }
 """How each dialect names the towers it has, by family."""
