@@ -33,7 +33,7 @@ REASONS: Mapping[str, Mapping[str, str]] = {
     },
     "the model is loaded, not initialised": {
         "b": "no_initialization use_cpu_initialization auto_detect_ckpt_format exit_on_missing_checkpoint "
-        "load_safetensors use_checkpoint_args allow_missing_vision_projection_checkpoint",
+        "load_safetensors use_checkpoint_args",
         "f": "init_method_std",
     },
     "--load takes weights only; --resume_from_checkpoint goes on with a run, as it was": {

@@ -122,7 +122,9 @@ MODEL = (
     F("fps", "model", "float", None, "frames per second of a video given as frames", env="FPS", low=0,
       carry="always"),
     F("hf_dir", "model", "str", None, "where config.json and tokenizer lie if --model is a Megatron checkpoint without",
-      megatron=("tokenizer_model",)),
+      carry="adapter", megatron=("tokenizer_model",)),
+    F("allow_missing_vision_projection_checkpoint", "model", "bool", False,
+      "draw the projection of a Megatron checkpoint that was combined without one", verbs=TRAIN, only="megatron"),
     F("max_num", "model", "int", None, "most tiles an image is cut into, its thumbnail not counted", env="MAX_NUM",
       low=1, carry="always"),
     F("use_tiling", "model", "bool", None, "cut images into tiles or show them whole; the model's own way if not given",
@@ -348,7 +350,8 @@ REST = (
       "of --mcore_model"),
     F("mcore_format", "convert", "str", "torch_dist", "torch_dist, or the older files by rank (torch)",
       choices=("torch_dist", "torch"), megatron=("ckpt_format",), verbs=(*TRAIN, "export")),
-    F("mcore_dialect", "convert", "str", None, "whose names for the parts of a VLM; bridge if not given",
+    F("mcore_dialect", "convert", "str", None, "whose names for the parts of a VLM; those of a Megatron "
+      "source, else the first that has the model of swift, pai, bridge, lm",
       choices=("pai", "bridge", "swift", "lm"), verbs=(*TRAIN, "export")),
     F("mcore_layer_layout", "convert", "str", None, "layers stacked in one tensor or one by one; the dialect's own if "
       "not given", choices=("stacked", "per_layer"), verbs=(*TRAIN, "export")),

@@ -40,6 +40,7 @@ class ModelArgs:
     video_max_pixels: int | None
     fps: float | None
     hf_dir: str | None
+    allow_missing_vision_projection_checkpoint: bool
     max_num: int | None
     use_tiling: bool | None
     quant_method: str | None

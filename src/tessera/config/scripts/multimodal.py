@@ -48,6 +48,7 @@ PRETRAIN: Mapping[str, str] = {
     "min_lr": "2.5e-5",
     "max_length": "512",
     "use_tiling": "false",
+    "allow_missing_vision_projection_checkpoint": "true",
     "attention_dropout": "0.1",
     "hidden_dropout": "0.1",
 }
