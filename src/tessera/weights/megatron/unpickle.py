@@ -53,7 +53,6 @@ HARMLESS = frozenset(
         ("functools", "partial"),
         ("types", "SimpleNamespace"),
         ("builtins", "getattr"),
-        ("__builtin__", "getattr"),
     }
 )
 """Functions of the standard library that honest checkpoints name (enums, as getattr); they, too, are only kept."""
@@ -120,6 +119,7 @@ class Restricted(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for ``module.name`` here; UserError for what no checkpoint has a reason to name."""
+        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)  # their old names
         key = (module, name)
         if key in self._known:
             return self._known[key]
@@ -129,12 +129,11 @@ class Restricted(pickle.Unpickler):
             return Namespace
         if key == ("torch", "Size"):
             return tuple
-        builtin = module in ("builtins", "__builtin__")
-        if builtin and name in PLAIN:
+        if module == "builtins" and name in PLAIN:
             return PLAIN[name]
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
-        kept = key in HARMLESS or (builtin and name in BUILTINS) or module.split(".")[0] in KNOWN
+        kept = key in HARMLESS or (module == "builtins" and name in BUILTINS) or module.split(".")[0] in KNOWN
         if not kept:
             raise UserError(
                 f"{self._origin}: asks for {module}.{name}, which is neither a tensor nor a plain container; "
