@@ -12,10 +12,12 @@ from torch import Tensor
 
 from tessera.contract.model import Family
 from tessera.models.families import family_of
+from tessera.weights import hf
 from tessera.weights.hf import Checkpoint
 from tessera.weights.megatron import convert
 from tessera.weights.megatron.checkpoint import locate
 from tessera.weights.megatron.options import Options
+from tessera.weights.megatron.towers import dialects_of, make_table
 from tests.models import make_model_dir
 
 
@@ -25,6 +27,21 @@ class Model:
     def __init__(self, path: Path, name: str, *, dtype: torch.dtype = torch.bfloat16, **text: Any) -> None:
         self.path = make_model_dir(path, name, dtype=dtype, **text)
         self.reload()
+        self._empty()
+
+    def _empty(self) -> None:
+        """Zeros for heads that are there to be shared out only: what released checkpoints have in them."""
+        for dialect in dialects_of(self.family):
+            table = make_table(self.family, self.config, dialect)
+            if table.empty:
+                values = self.ours
+                for name in table.empty:
+                    kept = torch.zeros_like(values[name])
+                    for tile in table.inverse[name].tiles:
+                        kept[tile.where] = values[name][tile.where]
+                    values[name] = kept
+                hf.save(values, self.path, self.family.weightmap(self.config, []))
+                self.reload()
 
     def reload(self) -> None:
         """Read the directory again after it was changed by hand."""

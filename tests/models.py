@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tessera.models.families import family_of
+from tessera.models.families import family_of, text_config
 from tessera.models.init import init_weights
 from tessera.weights import hf
 from tests.toys import VOCABULARY, make_tokenizer_dir
@@ -20,8 +20,9 @@ def make_model_dir(
     """Write a loadable checkpoint of family ``name`` with a toy tokenizer; ``text`` changes the decoder's config."""
     family = family_of({"model_type": name})
     config = family.tiny()
-    decoder = config.get("text_config", config)
-    decoder.update({"vocab_size": VOCABULARY, **text})
+    for token in family.tokens:  # as released: the tokenizer alone knows
+        del config[f"{token}_id"]
+    text_config(config).update({"vocab_size": VOCABULARY, **text})
     directory = make_tokenizer_dir(path, name)
     config["dtype"] = str(dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(config))
@@ -31,6 +32,9 @@ def make_model_dir(
         processor = {"patch_size": config["vision_config"]["patch_size"], "merge_size": 2, "size": size}
         if name == "internvl":
             processor = {"size": {"height": 56, "width": 56}, "crop_to_patches": True, "max_patches": 4}
+        if "llm_config" in config:
+            processor = {"crop_size": 56, "do_center_crop": True, "feature_extractor_type": "CLIPFeatureExtractor"}
+            processor |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "size": 56}
         (directory / "preprocessor_config.json").write_text(json.dumps(processor))
     with torch.device("meta"):
         module = family.build(config)

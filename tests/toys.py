@@ -49,6 +49,9 @@ TEMPLATES: Mapping[str, str] = {
     "qwen3_vl_moe": _TURNS,
     "glm4v_moe": _TURNS,
     "internvl": _TURNS,
+    "internvl_chat": _TURNS,
+    "NVLM_D": _TURNS,
+    "composite": _DEFAULT_SYSTEM + _TURNS,
 }
 """Chat templates shaped like the families': ChatML, with or without a default system turn."""
 
@@ -59,6 +62,8 @@ SPELLINGS: Mapping[str, Mapping[str, str]] = {
         "<|image_pad|>": "<|image|>",
     },
     "internvl": {"<|vision_start|>": "<img>", "<|vision_end|>": "</img>", "<|image_pad|>": "<IMG_CONTEXT>"},
+    "internvl_chat": {"<|vision_start|>": "<img>", "<|vision_end|>": "</img>", "<|image_pad|>": "<IMG_CONTEXT>"},
+    "NVLM_D": {"<|image_pad|>": "<|vision_pad|>"},
 }
 """What families call the same tokens."""
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from tessera import __version__
 from tessera.config.errors import UserError
 from tessera.config.flags import TRAIN
-from tessera.config.manual import program_help, verb_help
+from tessera.config.manual import megatron_help, program_help, verb_help
 
 if TYPE_CHECKING:
     from tessera.config.run import Run
@@ -32,6 +32,7 @@ ENTRY: Mapping[str, str] = {
     "sft": "tessera.recipes.supervised:main",
     "infer": "tessera.infer.run:main",
     "export": "tessera.recipes.export:main",
+    "compose": "tessera.recipes.compose:main",
     "data": "tessera.recipes.data:main",
     "report": "tessera.observe.report:main",
     "demo": "tessera.recipes.demo:main",
@@ -69,12 +70,20 @@ def _main(words: list[str]) -> int:
     if words[0] in ("-V", "--version", "version"):
         print(f"tessera {__version__}")
         return 0
-    from tessera.config.resolve import resolve, under_launcher, verb_of
+    from tessera.config import scripts
+    from tessera.config.resolve import resolve, under_launcher
 
     if {"-h", "--help"} & set(words[1:]):
-        print(verb_help(verb_of(words)))
+        print(_manual(words))
         return 0
+    if words == ["megatron"]:
+        print(megatron_help())
+        return 2
     run = resolve(words, os.environ)
+    if scripts.find(words) is not None:
+        words, _ = scripts.translated(words, os.environ)
+        if _rank() == 0:
+            print(f"runs: {shlex.join(_masked(['tessera', *words]))}", flush=True)
     for name, value in run.env.items():
         os.environ.setdefault(name, value)
     if not under_launcher(os.environ) and run.verb in TRAIN and not run.dry_run and _several(run):
@@ -84,6 +93,19 @@ def _main(words: list[str]) -> int:
             print(f"note: {note}", file=sys.stderr)
     entry_of(run.verb)(run)
     return 0
+
+
+def _manual(words: list[str]) -> str:
+    """What ``--help`` prints: about a verb, a script of another project, or the Megatron dialect."""
+    from tessera.config import scripts
+    from tessera.config.resolve import command_of
+
+    if words[0] == "megatron" and words[1].startswith("-"):
+        return megatron_help()
+    if scripts.find(words) is not None:
+        return scripts.described(words)
+    dialect, verb, _ = command_of(words)
+    return verb_help(verb, dialect)
 
 
 def entry_of(verb: str) -> Callable[[Run], object]:

@@ -45,7 +45,7 @@ FLAGS = {
     "eval": ["--split_dataset_ratio", "0.2", "--eval_steps", "1", "--save_total_limit", "1", "--save_steps", "1"],
 }
 TEXT = ("qwen2", "qwen3", "llama", "qwen3_moe")
-SEEING = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v_moe", "internvl")
+SEEING = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v_moe", "internvl", "internvl_chat", "NVLM_D")
 SHORT = ("--max_steps", "2", "--gradient_accumulation_steps", "2", *QUICK)
 
 

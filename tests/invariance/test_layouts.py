@@ -14,6 +14,7 @@ import pytest
 
 from tessera.contract.batch import Batch
 from tessera.contract.layout import layout_of
+from tessera.models.families import text_config
 from tessera.parallel.apply import Spread
 from tessera.parallel.mesh import Mesh, world_size
 from tests.invariance.engine import Trajectory, assert_same, train
@@ -51,7 +52,7 @@ class Row:
 
 
 A2A, LOCAL = Spread(cp_comm="a2a"), Spread(vision_balance=False)
-DENSE = ("qwen2", "qwen3", "llama", "qwen2_5_vl", "qwen3_vl", "internvl")
+DENSE = ("qwen2", "qwen3", "llama", "qwen2_5_vl", "qwen3_vl", "internvl", "NVLM_D", "composite")
 SPARSE = ("qwen3_moe", "qwen3_vl_moe", "glm4v_moe")
 INTERLEAVED = {"schedule": "interleaved", "chunks": 2, "layers": 8}
 ZERO_BUBBLE = {"schedule": "zero_bubble", "chunks": 2, "layers": 8}
@@ -88,7 +89,7 @@ LAYOUTS: list[tuple[int, dict[str, int], dict[str, Any]]] = [
 ]
 EXPERTS: list[tuple[int, dict[str, int], dict[str, Any]]] = [
     (2, {"ep": 2}, {}),
-    (2, {"ep": 2}, {"per_batch": 4}),
+    (2, {"ep": 2}, {"per_batch": 2}),
     (4, {"ep": 2, "tp": 2}, {}),
     (4, {"ep": 4, "tp": 2}, {}),
     (4, {"ep": 2, "cp": 2}, {}),
@@ -97,6 +98,8 @@ EXPERTS: list[tuple[int, dict[str, int], dict[str, Any]]] = [
     (8, {"pp": 2, "ep": 2, "cp": 2, "tp": 2}, {}),
 ]
 MORE = [
+    Row(2, {"ep": 2}, "internvl_chat+qwen3_moe"),
+    Row(4, {"ep": 2, "tp": 2}, "internvl_chat+qwen3_moe", flags=LORA),
     Row(4, {"tp": 2, "zero": 3}),
     Row(4, {"tp": 2, "zero": 0}),
     Row(4, {"tp": 2}, spread=LOCAL),
@@ -129,9 +132,13 @@ def matrix() -> list[Any]:
 
 
 def config_for(row: Row) -> dict[str, Any]:
-    config = config_of(row.model)
+    name, _, decoder = row.model.partition("+")
+    config = config_of(name, **({"llm_config": config_of(decoder)} if decoder else {}))
     if row.layers is not None:
-        config.get("text_config", config)["num_hidden_layers"] = row.layers
+        text = dict(text_config(config))
+        text["num_hidden_layers"] = row.layers
+        nested = [key for key in ("text_config", "llm_config") if key in config]
+        return config | {nested[0]: text} if nested else text
     return config
 
 

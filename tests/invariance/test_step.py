@@ -72,13 +72,13 @@ def single_process(name: str, per_batch: int = 4, **kwargs: Any) -> Trajectory:
     return train(config, [packed(config, per_batch, step) for step in range(3)], **kwargs)
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "NVLM_D"])
 @pytest.mark.parametrize("per_batch", [1, 2])
 def test_packed_is_unpacked_and_accumulation_is_a_larger_batch(name: str, per_batch: int) -> None:
     assert_same(single_process(name, per_batch), single_process(name, 4), TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "glm4v_moe", "internvl"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "glm4v_moe", "internvl", "NVLM_D"])
 @pytest.mark.parametrize("which", [(True, False), (False, True), (True, True)])
 def test_recompute_changes_nothing(name: str, which: tuple[bool, bool]) -> None:
     assert_same(single_process(name, recompute=which), single_process(name), 0.0)
@@ -106,10 +106,11 @@ def test_two_ranks_are_one_process(stage: int) -> None:
         ("qwen3_vl", {"train_type": "lora", "freeze_vit": True, "freeze_aligner": True}),
         ("qwen3_vl", {"freeze_llm": True, "freeze_vit": True}),
         ("qwen3_vl", {"freeze_vit": True, "freeze_aligner": True}),
+        pytest.param("NVLM_D", {"freeze_llm": True, "freeze_vit": True}, marks=pytest.mark.parallel),
         ("glm4v_moe", {}),
         ("qwen3_vl_moe", {"train_type": "lora", "freeze_vit": True, "freeze_aligner": True}),
     ],
-    ids=["all", "lora", "aligner-only", "llm-only", "experts", "experts-lora"],
+    ids=["all", "lora", "aligner-only", "llm-only", "tagged-aligner-only", "experts", "experts-lora"],
 )
 def test_two_ranks_are_one_process_whatever_is_frozen(name: str, flags: dict[str, Any]) -> None:
     want = single_process(name, 1, **flags)

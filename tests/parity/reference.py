@@ -17,8 +17,14 @@ from tessera.models.init import init_weights
 from tessera.models.tiled import TiledGeometry
 from tessera.models.tower import channel_major, normalise
 from tessera.models.vlm import VLM
+from tests.parity.plain import PlainTiles
 
-VLMS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v_moe", "internvl")
+VLMS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v_moe", "internvl", "internvl_chat", "NVLM_D")
+REMOTE = ("internvl_chat", "NVLM_D")
+"""Families whose checkpoints bring their own code: transformers does not know their names."""
+OWN = ("composite",)
+"""Families that transformers does not have; their references are put together in ``test_composite.py``."""
+SEEING = (*VLMS, *OWN)
 TEXTS = ("qwen2", "qwen3", "llama", "qwen3_moe")
 Sample = Sequence[int | Grid]
 """A segment as numbers of text tokens and image grids, in order."""
@@ -46,9 +52,13 @@ def ours(config: dict[str, Any], seed: int = 0) -> VLM:
 
 
 def theirs(config: dict[str, Any], model: nn.Module, implementation: str = "sdpa") -> nn.Module:
-    """transformers' model of ``config`` with the weights of ``model``."""
+    """transformers' model of ``config`` with the weights of ``model``, or a plain one if transformers has none."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if config["model_type"] == "NVLM_D":
+        return PlainTiles(config, model.state_dict())
+    if config["model_type"] == "internvl_chat":
+        config = native(config)
     theirs_config = AutoConfig.for_model(**config)
     theirs_config._attn_implementation = implementation
     auto = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
@@ -57,6 +67,22 @@ def theirs(config: dict[str, Any], model: nn.Module, implementation: str = "sdpa
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     reference.tie_weights()
     return reference
+
+
+def native(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers calls the values of an ``internvl_chat`` config."""
+    vision = dict(config["vision_config"])
+    vision["attention_bias"] = vision.pop("qkv_bias")
+    vision["use_qk_norm"] = vision.pop("qk_normalization")
+    side, patch = vision["image_size"], vision["patch_size"]
+    vision |= {"model_type": "internvl_vision", "image_size": [side, side], "patch_size": [patch, patch]}
+    text = {key: value for key, value in config["llm_config"].items() if key != "architectures"}
+    return config_of("internvl") | {
+        "image_token_id": config["image_token_id"],
+        "tie_word_embeddings": config["tie_word_embeddings"],
+        "text_config": text | {"tie_word_embeddings": config["tie_word_embeddings"]},
+        "vision_config": {key: value for key, value in vision.items() if key != "architectures"},
+    }
 
 
 def geometry_of(config: dict[str, Any]) -> Geometry:

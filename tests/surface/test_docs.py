@@ -66,6 +66,10 @@ def check(command: Command, files: dict[str, str], root: Path) -> None:
             (root / "base").mkdir(exist_ok=True)
             (root / value / "args.json").write_text('{"dataset": ["train.jsonl"]}')
             (root / value / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+        if flag in ("--mcore_model", "--mcore_adapters"):
+            (root / value).mkdir(parents=True, exist_ok=True)
+            (root / value / "latest_checkpointed_iteration.txt").write_text("1")
+            (root / value / "args.json").write_text('{"load": "base"}')
     if words[-1] not in ("--help", "--version"):
         resolve(words, command.env)
 

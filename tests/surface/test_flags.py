@@ -18,13 +18,15 @@ def frozen_table() -> str:
     """One line per flag: names, kind, default, choices, bounds, variable, verbs."""
     lines = []
     for flag in FLAGS:
-        names = "/".join((flag.name, *flag.aliases))
+        names = "/".join((flag.name, *flag.aliases, *(f"megatron:{name}" for name in flag.megatron)))
         default = "".join(f" {verb}={value!r}" for verb, value in flag.defaults.items())
-        verbs = ",".join(verb for verb in VERBS if flag.belongs_to(verb))
+        verbs = ",".join(verb for verb in VERBS if flag.belongs_to(verb, "megatron"))
         facts = [f"{flag.room}.{names}", flag.kind, f"default={flag.default!r}{default}"]
         facts += [f"choices={'|'.join(flag.choices)}"] if flag.choices else []
         facts += [f"bounds={flag.low},{flag.high}"] if (flag.low, flag.high) != (None, None) else []
         facts += [f"env={flag.env}"] if flag.env else []
+        facts += [f"only={flag.only}"] if flag.only else []
+        facts += [f"means={dict(flag.means)!r}"] if flag.means else []
         facts += [f"carry={flag.carry}"] if flag.carry != "never" else []
         lines.append("  ".join([*facts, verbs]))
     return "\n".join(lines) + "\n"

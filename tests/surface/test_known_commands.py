@@ -103,6 +103,6 @@ def test_a_scheduler_that_counts_machines(tmp_path: Path) -> None:
 
 
 def test_what_comes_later_says_so() -> None:
-    for line in ("rlhf --rlhf_type grpo", "megatron sft --load x", "deploy --model x"):
+    for line in ("rlhf --rlhf_type grpo", "megatron rlhf --load x", "deploy --model x"):
         with pytest.raises(UserError, match="not in this version"):
             resolve(line.split(), {})

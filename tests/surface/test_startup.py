@@ -20,7 +20,7 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "glm4v_moe", "internvl"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "glm4v_moe", "internvl", "composite"])
 def test_training_does_not_import_transformers_models(tmp_path: Path, name: str) -> None:
     model = make_model_dir(tmp_path / "model", name)
     make_images(tmp_path / "images", [(64, 48)])

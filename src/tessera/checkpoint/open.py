@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,24 @@ from torch import nn
 
 from tessera.config.errors import UserError
 from tessera.config.run import ModelArgs
+from tessera.config.sources import is_mcore
 from tessera.contract.model import Family, Geometry, dtype_of
 from tessera.contract.plan import Plan
 from tessera.contract.weightmap import WeightMap
-from tessera.models.families import family_of
+from tessera.models.families import family_of, text_config
+from tessera.models.init import drawn
+from tessera.weights.files import Entry
 from tessera.weights.hf import Checkpoint, shapes_of
 from tessera.weights.hf import load as load_weights
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model directory, read but not loaded."""
+    """A model directory, read but not loaded.
+
+    ``path`` holds config and tokenizer, ``checkpoint`` the tensors, which ``weightmap`` finds. What is saved is called
+    as ``disk_names`` says and lies as in ``origin``; None: the weights are in a format that has no such files.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -41,6 +48,18 @@ class Source:
     plan: Plan
     checkpoint: Checkpoint
     weightmap: WeightMap
+    disk_names: WeightMap
+    origin: Checkpoint | None
+
+    @property
+    def types(self) -> dict[str, torch.dtype] | None:
+        """The types of the tensors by our names where there is no ``origin`` to say so."""
+        return None if self.origin is not None else {name: e.dtype for name, e in self.checkpoint.entries.items()}
+
+    @property
+    def location(self) -> Path:
+        """The directory that holds the weights, which is what was asked for."""
+        return self.checkpoint.path
 
     @property
     def has_tower(self) -> bool:
@@ -50,25 +69,25 @@ class Source:
     @property
     def max_positions(self) -> int | None:
         """The longest sequence the decoder was made for, in tokens."""
-        value = {**self.config, **self.config.get("text_config", {})}.get("max_position_embeddings")
+        value = {**self.config, **text_config(self.config)}.get("max_position_embeddings")
         return int(value) if value else None
 
     @property
     def dtype_name(self) -> str:
         """The dtype the checkpoint declares, ``float32`` if it does not."""
-        text = self.config.get("text_config", {})
+        text = text_config(self.config)
         found = (self.config.get("dtype"), self.config.get("torch_dtype"), text.get("dtype"), text.get("torch_dtype"))
         return next((str(name) for name in found if name), "float32")
 
 
-def locate(model: str) -> Path:
-    """The directory of ``--model``: a local path, else a repository id looked up in the hub's cache, then online."""
+def locate(model: str, flag: str = "--model") -> Path:
+    """The directory that ``flag`` names: a local path, else a repository id in the hub's cache, or online."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
     if looks_local:
-        raise UserError(f"--model {model}: no such directory")
+        raise UserError(f"{flag} {model}: no such directory")
     import huggingface_hub
 
     try:
@@ -76,7 +95,7 @@ def locate(model: str) -> Path:
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"--model {model}: neither a directory here nor a repository that can be downloaded ({first})"
+            f"{flag} {model}: neither a directory here nor a repository that can be downloaded ({first})"
         ) from error
 
 
@@ -98,17 +117,109 @@ def describe(args: ModelArgs) -> Source:
     if not args.model:
         raise UserError("--model is missing: give a model directory or a Hugging Face repository id", exit_code=2)
     path = locate(args.model)
+    new = args.allow_missing_vision_projection_checkpoint
+    source = read_mcore(path, args.hf_dir, new_projection=new) if is_mcore(path) else read(path)
+    geometry = source.geometry.limited(
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        video_max_pixels=args.video_max_pixels,
+        fps=args.fps,
+        max_tiles=args.max_num,
+        tiling=args.use_tiling,
+    )
+    return replace(source, geometry=geometry)
+
+
+def read(path: Path) -> Source:
+    """What the model directory ``path`` says about itself, without a user's limits; UserError as :func:`describe`."""
+    config, preprocessor, family = _settings(path)
+    checkpoint = Checkpoint(path)
+    weightmap = family.weightmap(config, list(checkpoint.names))
+    geometry, plan = family.geometry(config, preprocessor), family.plan(config)
+    return Source(path, config, preprocessor, family, geometry, plan, checkpoint, weightmap, weightmap, checkpoint)
+
+
+class _Completed(Checkpoint):
+    """A checkpoint whose projection is missing, and drawn: a function of the tensors' names alone."""
+
+    def __init__(self, held: Checkpoint, missing: Mapping[str, Entry], config: Mapping[str, Any]) -> None:
+        self.path, self.metadata, self.entries = held.path, held.metadata, {**held.entries, **missing}
+        self._held, self._missing, self._config = held, missing, config
+
+    def read(self, name: str, part: tuple[slice, ...] | None = None) -> torch.Tensor:
+        if name not in self._missing:
+            return self._held.read(name, part)
+        entry = self._missing[name]
+        value = drawn(name, entry.shape, self._config, 0).to(entry.dtype)
+        return value if part is None else value[part]
+
+
+PROJECTION = "vision_projection."
+"""What Megatron-LM calls the tensors between tower and language model, which its combined checkpoints lack."""
+
+
+def read_mcore(path: Path, hf_dir: str | None = None, *, new_projection: bool = False) -> Source:
+    """The same for a Megatron checkpoint, whose config and tokenizer lie beside it or in ``hf_dir``.
+
+    With ``new_projection`` a projection that is not there is drawn instead.
+    """
+    from tessera.weights.megatron import checkpoint as megatron
+
+    found = megatron.locate(path)
+    settings = locate(hf_dir, "--hf_dir") if hf_dir else found.root
+    if not (settings / "config.json").is_file():
+        raise UserError(
+            f"{path}: a Megatron checkpoint without config.json; add --hf_dir DIR, a Hugging Face directory with it"
+        )
+    config, preprocessor, family = _settings(settings)
+    opened = megatron.open_as_ours(path, family, config, absent=(PROJECTION,) if new_projection else ())
+    held: Checkpoint = opened
+    if new_projection:
+        with torch.device("meta"):
+            shapes = shapes_of(family.build(config))
+        dtype = next(entry.dtype for entry in held.entries.values() if entry.dtype.is_floating_point)
+        missing = {name: shape for name, shape in shapes.items() if name not in held.entries}
+        held = _Completed(held, {name: Entry("", dtype, shape, 0, 0) for name, shape in missing.items()}, config)
+    geometry, plan = family.geometry(config, preprocessor), family.plan(config)
+    disk_names = family.weightmap(config, [])
+    return Source(settings, config, preprocessor, family, geometry, plan, held, opened.weightmap, disk_names, None)
+
+
+def _settings(path: Path) -> tuple[dict[str, Any], dict[str, Any], Family]:
+    """The configs of a model and of its processor, and its family."""
     config = read_json(path / "config.json", required=True)
     preprocessor = read_json(path / "preprocessor_config.json")
     preprocessor = preprocessor or read_json(path / "processor_config.json").get("image_processor", {})
     family = family_of(config)
-    geometry = family.geometry(config, preprocessor)
-    geometry = geometry.limited(
-        min_pixels=args.min_pixels, max_pixels=args.max_pixels, video_max_pixels=args.video_max_pixels, fps=args.fps
-    )
-    checkpoint = Checkpoint(path)
-    weightmap = family.weightmap(config, list(checkpoint.names))
-    return Source(path, config, preprocessor, family, geometry, family.plan(config), checkpoint, weightmap)
+    return _with_tokens(path, config, family), preprocessor, family
+
+
+def _with_tokens(path: Path, config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """``config`` with what the family's checkpoints leave to their tokenizers; see :class:`Family`."""
+    wanted = {name: texts for name, texts in family.tokens.items() if f"{name}_id" not in config}
+    if not wanted:
+        return config
+    known = _added_tokens(path)
+    for name, texts in wanted.items():
+        found = next((text for text in texts if text in known), None)
+        if found is None:
+            raise UserError(
+                f"{path}: the tokenizer has no token {' or '.join(texts)}, which stands for an image; "
+                f"add it there and a row for it to the embedding, or set {name} and {name}_id in config.json"
+            )
+        config = {**config, name: found, f"{name}_id": known[found]}
+    return config
+
+
+def _added_tokens(path: Path) -> dict[str, int]:
+    """Ids of the tokens that were added to a model directory's tokenizer; small files before the large one."""
+    named = read_json(path / "added_tokens.json")
+    if not named:
+        listed = read_json(path / "tokenizer_config.json").get("added_tokens_decoder", {})
+        named = {held["content"]: index for index, held in listed.items()}
+    if not named:
+        named = {held["content"]: held["id"] for held in read_json(path / "tokenizer.json").get("added_tokens", [])}
+    return {text: int(index) for text, index in named.items()}
 
 
 def compute_dtype(source: Source, asked: str | None, device: torch.device) -> torch.dtype:

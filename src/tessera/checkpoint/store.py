@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tessera.config.errors import UserError
 
@@ -91,18 +91,31 @@ def _flush_tree(root: Path) -> None:
         _fsync(Path(directory))
 
 
+class Mirror(Protocol):
+    """Keeps every published checkpoint a second time, in another format."""
+
+    def write(self, checkpoint: Path, step: int) -> None:
+        """Write what ``checkpoint`` holds; OSError if the disk refuses."""
+        ...
+
+    def retire(self, step: int) -> None:
+        """Delete what was written for ``step``."""
+        ...
+
+
 @dataclass(slots=True)
 class Store:
     """Publishes and retires the checkpoints of one run directory.
 
     ``limit`` is ``--save_total_limit`` (None keeps all). ``barrier`` waits for all ranks; only ``is_main`` renames and
-    deletes, but every rank takes part in writing.
+    deletes, and has the ``mirror`` written, but every rank takes part in writing.
     """
 
     run_dir: Path
     limit: int | None
     is_main: bool
     barrier: Callable[[], None]
+    mirror: Mirror | None = None
     best: Path | None = None
     best_metric: float | None = None
 
@@ -142,6 +155,8 @@ class Store:
             self.barrier()
             if self.is_main:
                 self._reveal(aside, final)
+                if self.mirror is not None:
+                    self.mirror.write(final, step)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             kept = checkpoints(self.run_dir)
@@ -175,6 +190,8 @@ class Store:
             doomed = path.with_name(f"{_WRITING}{path.name}-retired")
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+            if self.mirror is not None:
+                self.mirror.retire(step_of(path))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,8 +6,12 @@ the same thing (``aliases``), the room of the :class:`~tessera.config.run.Run` i
 Parsing, ``--help``, ``docs/flags.md``, ``args.json`` and the typed rooms are all derived from these rows, so a flag is
 added by adding a row here and the field of the same name in ``run.py``.
 
-``default`` holds for every verb; ``defaults`` lists the exceptions by verb. A second dialect of names and defaults for
-the same concepts is further entries of ``aliases`` and ``defaults``, never a second table.
+``default`` holds for every verb; ``defaults`` lists the exceptions by verb and by dialect. A *dialect* is a second set
+of names and defaults for the same concepts: ``tessera sft`` is ``swift``, ``tessera megatron sft`` is ``megatron``. It
+is further entries of a row (``megatron``: names, ``defaults``: values), never a second table. The names of the first
+dialect hold in both.
+
+A row with ``means`` is short for others: it says which flags each of its values sets.
 
 A row with ``inert`` is a flag of other tools that needs no counterpart here. It is accepted so that their commands run
 as written, and the sentence says once, on the console, why it does nothing.
@@ -19,17 +23,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tessera.config import accepted
+
 Kind = Literal["str", "int", "float", "bool", "list", "json", "steps", "size"]
 """How text becomes a value. ``steps`` is a count, a share of the run below 1, or -1 (only at the end); ``size`` is a
 number of bytes such as ``5GB``; ``json`` is a JSON object or the path of a file that holds one."""
+
+Dialect = Literal["swift", "megatron"]
+"""Whose names and defaults hold: ``tessera VERB`` or ``tessera megatron VERB``."""
 
 TRAIN, USE = ("pt", "sft"), ("infer", "export")
 VERBS: Mapping[str, str] = {
     "pt": "continue pre-training a model: loss on every token",
     "sft": "fine-tune a model on conversations, with or without images",
     "infer": "run a model or adapter over a dataset, or talk to it",
-    "export": "merge an adapter, change the dtype, push to a hub",
-    "data": "show what a dataset becomes: tokens, labels, lengths, skipped rows",
+    "export": "merge an adapter, change the dtype, convert from or to Megatron, push to a hub",
+    "compose": "make a new model from the tower of one and the language model of another",
+    "data": "show what a dataset becomes; lint, stats, show, convert and prepare datasets",
     "report": "tessera report RUN: one self-contained HTML page about a run",
     "demo": "tessera demo [DIR]: compose, train, export and score a small model on handwriting",
 }
@@ -44,6 +54,10 @@ ROOMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "parallel": ("on how many processes", TRAIN),
     "infer": ("how answers are generated", ("infer",)),
     "export": ("what leaves the house", ("export",)),
+    "convert": ("between Hugging Face and Megatron", ("export",)),
+    "short": ("short for other flags", TRAIN),
+    "shards": ("how shards are made and rows looked at", ("data",)),
+    "compose": ("what a new model is made of", ("compose",)),
     "run": ("the command itself", tuple(VERBS)),
     "inert": ("accepted from other tools, without effect", (*TRAIN, *USE, "data")),
 }
@@ -54,8 +68,10 @@ class Flag:
     """One row of the table; see the module docstring.
 
     ``low`` and ``high`` are inclusive bounds of a number. ``verbs`` overrides the verbs of the flag's room.
-    ``carry`` says when infer and export take the flag from an ``args.json`` unless it is given: ``always``, from that
-    of an ``adapter`` only, the ``data`` they were made with under ``--load_data_args true``, or ``never``.
+    ``megatron`` are further names in ``tessera megatron``; a flag with ``only`` exists in that dialect alone. ``means``
+    maps a value to the flags it sets. ``carry`` says when infer and export take the flag from an ``args.json`` unless
+    it is given: ``always``, from that of an ``adapter`` only, the ``data`` they were made with under
+    ``--load_data_args true``, or ``never``.
     """
 
     name: str
@@ -71,24 +87,32 @@ class Flag:
     carry: Literal["never", "always", "adapter", "data"] = "never"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     verbs: tuple[str, ...] = ()
+    megatron: tuple[str, ...] = ()
+    only: Dialect | Literal[""] = ""
+    means: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     inert: str = ""
 
-    def default_for(self, verb: str) -> Any:
-        """The flag's default under ``verb``."""
-        return self.defaults.get(verb, self.default)
+    def default_for(self, verb: str, dialect: Dialect = "swift") -> Any:
+        """The flag's default under ``verb`` in ``dialect``."""
+        return self.defaults.get(dialect, self.defaults.get(verb, self.default))
 
-    def belongs_to(self, verb: str) -> bool:
-        """Whether ``verb`` takes this flag."""
-        return verb in (self.verbs or ROOMS[self.room][1])
+    def belongs_to(self, verb: str, dialect: Dialect = "swift") -> bool:
+        """Whether ``verb`` takes this flag in ``dialect``."""
+        return verb in (self.verbs or ROOMS[self.room][1]) and self.only in ("", dialect)
+
+    def names(self, dialect: Dialect = "swift") -> tuple[str, ...]:
+        """Its spellings in ``dialect``, the canonical one first."""
+        return (self.name, *self.aliases, *(self.megatron if dialect == "megatron" else ()))
 
 
 F = Flag
 
 MODEL = (
     F("model", "model", "str", None, "directory or hub id of the model", carry="adapter"),
-    F("adapters", "model", "list", (), "adapters; infer and export find the base model in their args.json"),
+    F("adapters", "model", "list", (), "adapters; infer and export find the base model in their args.json",
+      megatron=("adapter_load",)),
     F("torch_dtype", "model", "str", None, "dtype of the weights; config.json's if not given", carry="always",
-      choices=("bfloat16", "float16", "float32")),
+      choices=("bfloat16", "float16", "float32"), verbs=(*TRAIN, *USE, "data", "compose")),
     F("max_pixels", "model", "int", None, "most pixels of an image after resizing", env="MAX_PIXELS", low=1,
       carry="always"),
     F("min_pixels", "model", "int", None, "fewest pixels of an image after resizing", env="MIN_PIXELS", low=1,
@@ -96,6 +120,14 @@ MODEL = (
     F("video_max_pixels", "model", "int", None, "most pixels of a video frame after resizing", low=1,
       env="VIDEO_MAX_PIXELS", carry="always"),
     F("fps", "model", "float", None, "frames per second of a video given as frames", env="FPS", low=0,
+      carry="always"),
+    F("hf_dir", "model", "str", None, "where config.json and tokenizer lie if --model is a Megatron checkpoint without",
+      carry="adapter", megatron=("tokenizer_model",)),
+    F("allow_missing_vision_projection_checkpoint", "model", "bool", False,
+      "draw the projection of a Megatron checkpoint that was combined without one", verbs=TRAIN, only="megatron"),
+    F("max_num", "model", "int", None, "most tiles an image is cut into, its thumbnail not counted", env="MAX_NUM",
+      low=1, carry="always"),
+    F("use_tiling", "model", "bool", None, "cut images into tiles or show them whole; the model's own way if not given",
       carry="always"),
     F("model_kwargs", "model", "json", None, "the limits above as one JSON object"),
     F("quant_method", "model", "str", None, "quantise the frozen base model (QLoRA)", carry="adapter",
@@ -105,15 +137,17 @@ MODEL = (
 )  # fmt: skip
 
 DATA = (
-    F("dataset", "data", "list", (), "files, directories or ids, each as path[:subset][#N]", carry="data"),
-    F("val_dataset", "data", "list", (), "validation data, same syntax", carry="data"),
+    F("dataset", "data", "list", (), "files, directories or ids, each as path[:subset][#N]", carry="data",
+      megatron=("data_path", "train_data_path")),
+    F("val_dataset", "data", "list", (), "validation data, same syntax", carry="data", megatron=("valid_data_path",)),
     F("split_dataset_ratio", "data", "float", 0.0, "share of --dataset set aside for validation", low=0, high=1,
       carry="data"),
     F("data_seed", "data", "int", None, "seed of sampling, splitting and order; --seed if not given", carry="data"),
     F("dataset_shuffle", "data", "bool", True, "sample and split in random order", carry="data"),
     F("train_dataloader_shuffle", "data", "bool", True, "shuffle the training rows in every epoch"),
     F("val_dataset_shuffle", "data", "bool", False, "shuffle the validation rows", carry="data"),
-    F("max_length", "data", "int", None, "most tokens of a row; the model's maximum if not given", low=1),
+    F("max_length", "data", "int", None, "most tokens of a row; the model's maximum if not given", low=1,
+      megatron=("seq_length", "decoder_seq_length")),
     F("truncation_strategy", "data", "str", "delete", "what happens to longer rows", carry="always",
       choices=("delete", "left", "right", "split")),
     F("packing", "data", "bool", False, "pack whole rows into units of --packing_length tokens"),
@@ -126,20 +160,23 @@ DATA = (
     F("strict", "data", "bool", False, "stop at the first bad row instead of skipping it", carry="data"),
     F("max_skip_ratio", "data", "float", 0.1, "stop when more than this share of the rows is bad", low=0, high=1,
       carry="data"),
-    F("image_resize", "data", "str", "torch", "whose resize to equal: torchvision's processor or the PIL one",
+    F("image_resize", "data", "str", None, "whose resize to equal, torchvision's or PIL's; the model's if not given",
       choices=("torch", "pil"), carry="always"),
     F("root_image_dir", "data", "str", None, "where relative image paths start", env="ROOT_IMAGE_DIR", carry="data"),
     F("dataloader_num_workers", "data", "int", None, "threads that decode images; chosen by the machine if not given",
-      low=0),
+      low=0, megatron=("num_workers",)),
+    F("dataloader_drop_last", "data", "bool", False,
+      "every step is a whole batch: what is left of an epoch begins the next one, what is left at the end is dropped",
+      defaults={"megatron": True}),
     F("load_data_args", "data", "bool", False, "take dataset and split from the args.json of the model or adapter",
       verbs=USE),
 )  # fmt: skip
 
 ADAPT = (
     F("train_type", "adapt", "str", "lora", "train an adapter or the weights themselves", aliases=("tuner_type",),
-      choices=("lora", "full"), carry="adapter"),
-    F("freeze_llm", "adapt", "bool", False, "keep the language model as it is"),
-    F("freeze_vit", "adapt", "bool", True, "keep the vision tower as it is"),
+      choices=("lora", "full"), carry="adapter", defaults={"megatron": "full"}),
+    F("freeze_llm", "adapt", "bool", False, "keep the language model as it is", megatron=("freeze_LM",)),
+    F("freeze_vit", "adapt", "bool", True, "keep the vision tower as it is", megatron=("freeze_ViT",)),
     F("freeze_aligner", "adapt", "bool", True, "keep the projector between the two as it is"),
     F("freeze_parameters", "adapt", "list", (), "name prefixes to freeze (full)"),
     F("trainable_parameters", "adapt", "list", (), "name prefixes to train after all (full)"),
@@ -158,14 +195,19 @@ ADAPT = (
 )  # fmt: skip
 
 TRAINING = (
-    F("num_train_epochs", "train", "float", 3.0, "passes over the data", low=0),
+    F("num_train_epochs", "train", "float", 3.0, "passes over the data", low=0, megatron=("max_epochs",)),
     F("max_steps", "train", "int", -1, "optimiser steps; overrides the epochs unless -1", low=-1,
-      verbs=(*TRAIN, "demo")),
-    F("per_device_train_batch_size", "train", "int", 1, "rows (packs) of a microbatch on one process", low=1),
+      verbs=(*TRAIN, "demo"), megatron=("train_iters",)),
+    F("per_device_train_batch_size", "train", "int", 1, "rows (packs) of a microbatch on one process", low=1,
+      megatron=("micro_batch_size",)),
     F("per_device_eval_batch_size", "train", "int", 1, "the same while evaluating", low=1, verbs=(*TRAIN, "infer")),
     F("gradient_accumulation_steps", "train", "int", None, "microbatches of a step; fills 16 rows if not given",
       low=1),
-    F("learning_rate", "train", "float", None, "peak learning rate; 1e-4 for lora, 1e-5 for full if not given", low=0),
+    F("global_batch_size", "train", "int", None,
+      "rows (packs) of a step over all processes; instead of --gradient_accumulation_steps", low=1,
+      defaults={"megatron": 16}),
+    F("learning_rate", "train", "float", None, "peak learning rate; 1e-4 for lora, 1e-5 for full if not given", low=0,
+      megatron=("lr",)),
     F("vit_lr", "train", "float", None, "learning rate of the vision tower", low=0),
     F("aligner_lr", "train", "float", None, "learning rate of the projector", low=0),
     F("optim", "train", "str", "adamw_torch_fused", "optimiser",
@@ -173,15 +215,22 @@ TRAINING = (
     F("weight_decay", "train", "float", 0.1, "decay of matrices; vectors are never decayed", low=0),
     F("adam_beta1", "train", "float", 0.9, "decay of the first moment", low=0, high=1),
     F("adam_beta2", "train", "float", 0.95, "decay of the second moment", low=0, high=1),
-    F("adam_epsilon", "train", "float", 1e-8, "added to the root of the second moment", low=0),
-    F("max_grad_norm", "train", "float", 1.0, "clip the global gradient norm; 0 never", low=0),
+    F("adam_epsilon", "train", "float", 1e-8, "added to the root of the second moment", low=0, megatron=("adam_eps",)),
+    F("max_grad_norm", "train", "float", 1.0, "clip the global gradient norm; 0 never", low=0,
+      megatron=("clip_grad",)),
     F("lr_scheduler_type", "train", "str", "cosine", "shape of the schedule after warm-up",
-      choices=("cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay")),
+      choices=("cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"),
+      megatron=("lr_decay_style",)),
     F("warmup_ratio", "train", "float", 0.0, "share of the run that warms up", low=0, high=1),
-    F("warmup_steps", "train", "int", 0, "steps that warm up; overrides --warmup_ratio", low=0),
+    F("warmup_steps", "train", "int", 0, "steps that warm up; overrides --warmup_ratio", low=0,
+      megatron=("lr_warmup_iters",)),
+    F("lr_warmup_fraction", "train", "float", None, "share of --lr_decay_iters that warms up, not rounded to steps",
+      low=0, high=1),
+    F("lr_decay_iters", "train", "float", None, "steps until --min_lr is reached, if not those of the run", low=0),
     F("min_lr", "train", "float", 0.0, "where the schedule ends", low=0),
     F("wsd_decay_ratio", "train", "float", 0.1, "warmup_stable_decay: share of the run that decays", low=0, high=1),
-    F("seed", "train", "int", 42, "seed of everything random", low=0, verbs=(*TRAIN, "infer", "data", "demo")),
+    F("seed", "train", "int", 42, "seed of everything random", low=0,
+      verbs=(*TRAIN, "infer", "data", "demo", "compose")),
     F("gradient_checkpointing", "train", "bool", True, "true is --recompute_granularity full, false none"),
     F("vit_gradient_checkpointing", "train", "bool", None,
       "recompute every block of the tower; as the decoder if not given"),
@@ -192,13 +241,16 @@ TRAINING = (
     F("max_bad_steps", "train", "int", 5, "stop after this many non-finite steps in a row", low=1),
     F("eval_strategy", "train", "str", None, "when to evaluate; as --save_strategy if not given",
       choices=("steps", "epoch", "no")),
-    F("eval_steps", "train", "steps", None, "evaluate every N steps or share of the run; -1 at the end only"),
+    F("eval_steps", "train", "steps", None, "evaluate every N steps or share of the run; -1 at the end only",
+      megatron=("eval_interval",)),
+    F("eval_iters", "train", "int", -1, "evaluate on so many batches of --global_batch_size rows; -1 all, 0 never",
+      low=-1),
 )  # fmt: skip
 
 MEMORY = (
     F("recompute_granularity", "memory", "str", None,
       "compute nothing, parts of each layer or whole layers again in backward; overrides --gradient_checkpointing",
-      choices=("none", "selective", "full")),
+      choices=("none", "selective", "full"), defaults={"megatron": "selective"}),
     F("recompute_method", "memory", "str", None, "full: groups of N layers as one, or only the first N; uniform",
       choices=("uniform", "block")),
     F("recompute_num_layers", "memory", "int", None, "full: this N; 1 if not given", low=1),
@@ -218,19 +270,26 @@ MEMORY = (
 
 REST = (
     F("output_dir", "save", "str", None, "where runs go; output/<model name> if not given",
-      verbs=(*TRAIN, "export", "demo")),
+      verbs=(*TRAIN, "export", "data", "demo", "compose"), megatron=("save",)),
     F("add_version", "save", "bool", True, "put every run into its own vN-<time> directory"),
     F("save_strategy", "save", "str", "steps", "when to save", choices=("steps", "epoch", "no")),
-    F("save_steps", "save", "steps", 500, "save every N steps or share of the run; -1 at the end only"),
+    F("save_steps", "save", "steps", 500, "save every N steps or share of the run; -1 at the end only",
+      megatron=("save_interval",)),
     F("save_total_limit", "save", "int", None, "checkpoints kept; the best and the last stay", low=1),
     F("async_save", "save", "bool", False, "write checkpoints while training goes on, from a copy in host memory"),
+    F("save_format", "save", "str", None, "as Hugging Face directories or as Megatron checkpoints; in tessera megatron "
+      "that of --load, else hf", choices=("hf", "mcore")),
     F("save_only_model", "save", "bool", False, "leave out what only resuming needs"),
     F("resume_from_checkpoint", "save", "str", None, "checkpoint to go on from; true for the newest complete one"),
-    F("max_shard_size", "save", "size", 5 * 10**9, "largest weight file", low=1, verbs=(*TRAIN, "export")),
-    F("logging_steps", "log", "steps", 5, "print and log every N steps"),
+    F("max_shard_size", "save", "size", 5 * 10**9, "largest weight file", low=1,
+      verbs=(*TRAIN, "export", "compose")),
+    F("logging_steps", "log", "steps", 5, "print and log every N steps", megatron=("log_interval",)),
     F("logging_first_step", "log", "bool", True, "also log step 1"),
     F("report_to", "log", "list", ("tensorboard",), "where curves go", choices=("tensorboard", "wandb", "none")),
-    F("run_name", "log", "str", None, "name of the run in wandb"),
+    F("run_name", "log", "str", None, "name of the run in wandb", megatron=("wandb_exp_name",)),
+    F("wandb_project", "log", "str", None, "project of the run in wandb; implies --report_to wandb"),
+    F("tensorboard_dir", "log", "str", None, "where tensorboard's files go; runs/ in the run's directory if not given",
+      aliases=("logging_dir",)),
     F("deepspeed", "parallel", "str", None, "zero0 replicates, zero1 to zero3 shard over processes (FSDP2)"),
     F("fsdp", "parallel", "str", None, "the same in FSDP's words", choices=("fsdp2", "full_shard", "shard_grad_op")),
     F("tensor_model_parallel_size", "parallel", "int", 1, "ranks that split heads, MLP and vocabulary", low=1),
@@ -247,7 +306,8 @@ REST = (
       choices=("allgather", "a2a")),
     F("expert_model_parallel_size", "parallel", "int", 1, "ranks that the experts of a sparse layer are divided among",
       low=1),
-    F("data_parallel_replicate_size", "parallel", "int", 1, "copies of the sharded model (HSDP)", low=1),
+    F("data_parallel_replicate_size", "parallel", "int", 1, "copies of the sharded model (HSDP)", low=1,
+      megatron=("num_distributed_optimizer_instances",)),
     F("vision_balance", "parallel", "bool", True, "spread the images of a step evenly over the data-parallel ranks"),
     F("ddp_timeout", "parallel", "int", 1800, "seconds without progress until the run ends and names the rank", low=1),
     F("nproc_per_node", "parallel", "int", 1, "processes on this machine", env="NPROC_PER_NODE", low=1),
@@ -257,7 +317,7 @@ REST = (
     F("master_port", "parallel", "int", None, "port on the first machine; a free one on a single machine, else 29500",
       env="MASTER_PORT", low=1, high=65535),
     F("max_new_tokens", "infer", "int", None, "most tokens of an answer; what the model has room for if not given",
-      low=1),
+      low=1, aliases=("out_seq_length",)),
     F("temperature", "infer", "float", None, "0 is greedy; the model's generation_config.json if not given", low=0),
     F("top_k", "infer", "int", None, "sample among this many tokens", low=-1),
     F("top_p", "infer", "float", None, "sample among tokens of this total probability", low=0, high=1),
@@ -266,12 +326,78 @@ REST = (
     F("max_batch_size", "infer", "int", 8, "rows generated together", low=1),
     F("result_path", "infer", "str", None, "JSON lines of answers; infer_result/<time>.jsonl if not given"),
     F("val_dataset_sample", "infer", "int", None, "answer only the first N rows", low=1),
+    F("task", "infer", "str", None, "ask a benchmark's questions as Megatron-LM's scripts do (docs/inference.md)",
+      choices=("captioning", "TextVQA", "VQAv2", "ChartQA", "InfoVQA", "SPDocVQA", "AI2D", "OCRBench", "RealworldQA",
+               "MathVista", "MMMU")),
+    F("input_image_path", "infer", "str", None, "task: folder of its images, or of its parquet files"),
+    F("gt_path", "infer", "str", None, "task: file of its questions and truths"),
+    F("output_path", "infer", "str", None, "task: beginning of the name of the file of answers"),
+    F("num_partitions", "infer", "int", 0, "task: answer one of N parts; 0 all", low=0),
+    F("partition_id", "infer", "int", 0, "task: this one, from 0", low=0),
+    F("num_samples_per_partition", "infer", "int", 0, "task: questions of a part; equal parts if 0", low=0),
     F("merge_lora", "export", "bool", False, "write the base model with the adapter added in"),
     F("push_to_hub", "export", "bool", False, "upload the directory"),
     F("hub_model_id", "export", "str", None, "namespace/name on the hub"),
     F("hub_token", "export", "str", None, "access token; never written to a file"),
     F("hub_private_repo", "export", "bool", False, "create the repository as private"),
-    F("exist_ok", "export", "bool", False, "write into a directory that exists"),
+    F("to_mcore", "convert", "bool", False, "write a Megatron checkpoint"),
+    F("to_hf", "convert", "bool", False, "write a Hugging Face directory from --mcore_model or --mcore_adapters"),
+    F("mcore_model", "convert", "str", None, "Megatron checkpoint: the directory above iter_N, or that one itself",
+      verbs=(*TRAIN, "export")),
+    F("mcore_adapters", "convert", "list", (), "adapters of a Megatron run; merged unless --merge_lora false",
+      aliases=("mcore_adapter",)),
+    F("mcore_vision_model", "convert", "str", None, "Megatron checkpoint of a tower, combined with the language model "
+      "of --mcore_model"),
+    F("mcore_format", "convert", "str", "torch_dist", "torch_dist, or the older files by rank (torch)",
+      choices=("torch_dist", "torch"), megatron=("ckpt_format",), verbs=(*TRAIN, "export")),
+    F("mcore_dialect", "convert", "str", None, "whose names for the parts of a VLM; those of a Megatron "
+      "source, else the first that has the model of swift, pai, bridge, lm",
+      choices=("pai", "bridge", "swift", "lm"), verbs=(*TRAIN, "export")),
+    F("mcore_layer_layout", "convert", "str", None, "layers stacked in one tensor or one by one; the dialect's own if "
+      "not given", choices=("stacked", "per_layer"), verbs=(*TRAIN, "export")),
+    F("target_tensor_parallel_size", "convert", "int", None, "tensor ranks that files are written for; those of a "
+      "Megatron source, else 1", low=1),
+    F("target_pipeline_parallel_size", "convert", "int", None, "the same for pipeline stages", low=1),
+    F("target_expert_parallel_size", "convert", "int", None, "the same for expert ranks", low=1),
+    F("make_vocab_size_divisible_by", "convert", "int", None, "pad the vocabulary to a multiple of this x tensor ranks",
+      low=1),
+    F("padded_vocab_size", "convert", "int", None, "pad the vocabulary to this size", low=1),
+    F("test_convert_precision", "convert", "bool", False, "run source and result on one sample and compare"),
+    F("test_convert_dtype", "convert", "str", "float32", "dtype of that comparison",
+      choices=("float32", "bfloat16", "float16")),
+    F("load", "short", "str", None, "--model, a Hugging Face or Megatron directory; beside --model, which is then "
+      "--hf_dir", aliases=("pretrained_checkpoint",), only="megatron", verbs=(*TRAIN, *USE)),
+    F("bf16", "short", "bool", None, "--torch_dtype bfloat16", only="megatron",
+      means={"true": {"torch_dtype": "bfloat16"}}, verbs=(*TRAIN, "export")),
+    F("fp16", "short", "bool", None, "--torch_dtype float16", only="megatron",
+      means={"true": {"torch_dtype": "float16"}}, verbs=(*TRAIN, "export")),
+    F("optimizer", "short", "str", None, "--optim", choices=("adam", "muon"), only="megatron",
+      means={"adam": {"optim": "adamw_torch_fused"}, "muon": {"optim": "muon"}}),
+    F("use_distributed_optimizer", "short", "bool", None, "false is --deepspeed zero0; otherwise the optimiser is "
+      "sharded anyway", only="megatron", means={"false": {"deepspeed": "zero0"}}),
+    F("recompute_activations", "short", "bool", None, "--recompute_granularity selective", only="megatron",
+      means={"true": {"recompute_granularity": "selective"}}),
+    F("no_save_optim", "short", "bool", None, "--save_only_model true", only="megatron",
+      means={"true": {"save_only_model": "true"}}),
+    F("save_safetensors", "short", "bool", None, "--save_format hf, or mcore if false", only="megatron",
+      means={"true": {"save_format": "hf"}, "false": {"save_format": "mcore"}}),
+    F("train_samples", "short", "int", None, "--max_steps x --global_batch_size", only="megatron", low=1),
+    F("lr_decay_samples", "short", "int", None, "--lr_decay_iters x --global_batch_size", only="megatron", low=1),
+    F("lr_warmup_samples", "short", "int", None, "the share of --lr_decay_samples that warms up", only="megatron",
+      low=0),
+    F("exist_ok", "export", "bool", False, "write into a directory that exists", verbs=("export", "data", "compose")),
+    F("split", "shards", "str", None, "prepare, convert: shares of train, val and test in shards, e.g. 9,1,0",
+      aliases=("split_ratio",)),
+    F("sample_type", "shards", "str", None, "prepare: what a sample is, e.g. VQASample, ChatMLSample"),
+    F("field_map", "shards", "json", None, "prepare: which part is which field, e.g. '{\"image\": \"jpg\", ...}'"),
+    F("shuffle_tars", "shards", "bool", False, "prepare, convert: divide the shards in random order, always the same"),
+    F("max_samples_per_tar", "shards", "int", 10_000, "convert: most samples of a shard", low=1),
+    F("json", "shards", "bool", False, "lint, stats: print one JSON object instead of lines"),
+    F("num_samples", "shards", "int", 60, "show: how many samples the page holds", low=1),
+    F("vision", "compose", "str", None, "VLM whose vision tower is taken"),
+    F("llm", "compose", "str", None, "model, text-only or VLM, whose language model and tokenizer are taken"),
+    F("aligner", "compose", "str", "init", "init for a new projector between the two, or the VLM to take it from"),
+    F("config", "compose", "str", None, "instead: config.json, or directory with one, of a model with random weights"),
     F("dry_run", "run", "bool", False, "resolve and check everything, print the plan, load no weights"),
 )  # fmt: skip
 
@@ -298,10 +424,15 @@ INERT = (
     F("infer_backend", "inert", "str", choices=("pt", "transformers"), inert="the engine is always tessera's own"),
 )  # fmt: skip
 
-FLAGS: tuple[Flag, ...] = (*MODEL, *DATA, *ADAPT, *TRAINING, *MEMORY, *REST, *INERT)
-BY_NAME: Mapping[str, Flag] = {name: flag for flag in FLAGS for name in (flag.name, *flag.aliases)}
+MEGATRON = tuple(
+    F(name, "inert", kind, only="megatron", inert=reason) for name, kind, reason in accepted.rows()
+)  # fmt: skip
+
+FLAGS: tuple[Flag, ...] = (*MODEL, *DATA, *ADAPT, *TRAINING, *MEMORY, *REST, *INERT, *MEGATRON)
+BY_NAME: Mapping[str, Flag] = {name: flag for flag in FLAGS for name in flag.names("megatron")}
+"""Every spelling of every dialect; :meth:`Flag.names` and :meth:`Flag.belongs_to` say which of them holds where."""
 
 
-def flags_of(verb: str) -> Iterator[Flag]:
-    """The rows that ``verb`` takes, in the table's order."""
-    return (flag for flag in FLAGS if flag.belongs_to(verb))
+def flags_of(verb: str, dialect: Dialect = "swift") -> Iterator[Flag]:
+    """The rows that ``verb`` takes in ``dialect``, in the table's order."""
+    return (flag for flag in FLAGS if flag.belongs_to(verb, dialect))

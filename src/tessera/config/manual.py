@@ -6,12 +6,17 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from tessera.config.flags import FLAGS, ROOMS, TRAIN, VERBS, Flag, flags_of
+from tessera.config.flags import FLAGS, ROOMS, TRAIN, VERBS, Dialect, Flag, flags_of
+from tessera.config.parse import program
+from tessera.config.scripts import NAMES
+from tessera.config.scripts import VERBS as MEGATRON_VERBS
+from tessera.config.tasks import TASKS
 
 WIDTH = 110
 USAGE: Mapping[str, str] = {
     "report": "tessera report RUN",
     "demo": "tessera demo [DIR] [--flag value ...]",
+    "data": "tessera data [lint|stats|show|prepare|convert ...] [--flag value ...]",
 }
 KINDS: Mapping[str, str] = {
     "str": "text",
@@ -33,19 +38,36 @@ def program_help() -> str:
         "usage: tessera VERB [run.yaml] [--flag value ...]\n"
         f"\n{verbs}\n\n"
         "tessera VERB --help lists the flags of a verb; tessera --version prints the version.\n"
-        "NPROC_PER_NODE=2 tessera sft ... trains on two processes; --dry_run true only checks and shows the plan."
+        "NPROC_PER_NODE=2 tessera sft ... trains on two processes; --dry_run true only checks and shows the plan.\n"
+        "tessera megatron VERB takes the names and defaults of Megatron; tessera megatron --help says more."
     )
 
 
-def verb_help(verb: str) -> str:
+def megatron_help() -> str:
+    """``tessera megatron --help``: its verbs, and the scripts of other projects that it runs."""
+    verbs = "\n".join(f"  {verb:<8} {VERBS[verb]}" for verb in MEGATRON_VERBS)
+    scripts = "\n".join(f"  {name}" for name in NAMES)
+    return (
+        "tessera megatron: the same engine with the flags and defaults of Megatron-SWIFT\n\n"
+        "usage: tessera megatron VERB [run.yaml] [--flag value ...]\n"
+        f"\n{verbs}\n\n"
+        "usage: tessera megatron SCRIPT ...    a script of another project with its own arguments, as a command here\n"
+        f"\n{scripts}\n\n"
+        "tessera megatron VERB --help lists flags, tessera megatron SCRIPT --help what becomes of its arguments."
+    )
+
+
+def verb_help(verb: str, dialect: Dialect = "swift") -> str:
     """``tessera VERB --help``: its flags by room, one or two lines each."""
     lines = [
-        f"usage: {USAGE.get(verb, f'tessera {verb} [run.yaml] [--flag value ...]')}",
+        f"usage: {USAGE.get(verb, f'{program(verb, dialect)} [run.yaml] [--flag value ...]')}",
         "",
         f"{VERBS[verb]}.",
     ]
+    if verb == "data":
+        lines += ["", *(f"  {text}" for text in TASKS.values())]
     for room, (title, _) in ROOMS.items():
-        flags = [flag for flag in flags_of(verb) if flag.room == room]
+        flags = [flag for flag in flags_of(verb, dialect) if flag.room == room]
         if not flags:
             continue
         lines += ["", f"{room}: {title}"]
@@ -54,7 +76,7 @@ def verb_help(verb: str) -> str:
             lines += textwrap.wrap(names, WIDTH, initial_indent="  ", subsequent_indent="  ")
             continue
         for flag in flags:
-            text = f"{flag.help}{_details(flag, verb)}"
+            text = f"{flag.help}{_details(flag, verb, dialect)}"
             head = f"  --{flag.name:<28} "
             lines += textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
     return "\n".join(lines)
@@ -67,33 +89,40 @@ def flags_page() -> str:
         "",
         "Made from the table in `src/tessera/config/flags.py` by `make docs`; a test keeps it current.",
         "Order of precedence: flag, YAML file, environment variable, `args.json` of the model or adapter (`infer` and",
-        "`export`), default. `train` in the column of verbs means `pt` and `sft`.",
+        "`export`), default. `train` in the column of verbs means `pt` and `sft`. What stands behind `megatron` is a",
+        "name or a default in `tessera megatron` only; the other names hold there, too.",
     ]
     for room, (title, _) in ROOMS.items():
         flags = [flag for flag in FLAGS if flag.room == room]
         lines += ["", f"## {room}: {title}", ""]
         if room == "inert":
             lines += ["| flag | values | why it has no effect |", "|---|---|---|"]
-            lines += [f"| `--{flag.name}` | {_values(flag)} | {flag.inert} |" for flag in flags]
+            lines += [f"| {_names(flag)} | {_values(flag)} | {flag.inert} |" for flag in flags]
             continue
         lines += ["| flag | verbs | values | default | meaning |", "|---|---|---|---|---|"]
         for flag in flags:
-            names = " ".join(f"`--{name}`" for name in (flag.name, *flag.aliases))
             default = _shown(flag.default) + "".join(f"; {verb}: {_shown(v)}" for verb, v in flag.defaults.items())
             env = f" (env `{flag.env}`)" if flag.env else ""
-            lines.append(f"| {names} | {_verbs(flag)} | {_values(flag)} | {default} | {flag.help}{env} |")
+            lines.append(f"| {_names(flag)} | {_verbs(flag)} | {_values(flag)} | {default} | {flag.help}{env} |")
     return "\n".join(lines) + "\n"
 
 
-def _details(flag: Flag, verb: str) -> str:
+def _names(flag: Flag) -> str:
+    names = " ".join(f"`--{name}`" for name in (flag.name, *flag.aliases))
+    theirs = " ".join(f"`--{name}`" for name in flag.megatron)
+    return f"megatron: {names}" if flag.only else f"{names}, megatron: {theirs}" if theirs else names
+
+
+def _details(flag: Flag, verb: str, dialect: Dialect) -> str:
     parts = []
     if flag.choices:
         parts.append(" | ".join(flag.choices))
-    default = flag.default_for(verb)
+    default = flag.default_for(verb, dialect)
     if default not in (None, ()):
         parts.append(f"default {_shown(default).strip('`')}")
-    if flag.aliases:
-        parts.append(f"also --{', --'.join(flag.aliases)}")
+    others = flag.names(dialect)[1:]
+    if others:
+        parts.append(f"also --{', --'.join(others)}")
     if flag.env:
         parts.append(f"env {flag.env}")
     return f" [{'; '.join(parts)}]" if parts else ""
@@ -107,7 +136,7 @@ def _values(flag: Flag) -> str:
 
 
 def _verbs(flag: Flag) -> str:
-    verbs = [verb for verb in VERBS if flag.belongs_to(verb)]
+    verbs = [verb for verb in VERBS if flag.belongs_to(verb, "megatron")]
     if len(verbs) == len(VERBS):
         return "all"
     if set(TRAIN) <= set(verbs):

@@ -62,7 +62,7 @@ def stage_of(values: dict[str, Any], given: Callable[[str], bool], notes: list[s
 
 def _recompute(values: dict[str, Any], given: Callable[[str], bool]) -> None:
     granularity = values["recompute_granularity"]
-    if granularity is None:
+    if granularity is None or (given("gradient_checkpointing") and not given("recompute_granularity")):
         granularity = "full" if values["gradient_checkpointing"] else "none"
         source = f"--gradient_checkpointing {str(values['gradient_checkpointing']).lower()}"
     else:

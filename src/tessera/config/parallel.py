@@ -83,7 +83,7 @@ def check(values: Mapping[str, Any], given: Callable[[str], bool], notes: list[s
     if values[PP] == 1:
         _without_pipeline(values, given)
     else:
-        _pipeline(values, notes)
+        _pipeline(values, given, notes)
     if values[CP] == 1 and given("cp_comm_type"):
         notes.append(f"--cp_comm_type {values['cp_comm_type']} has no effect: --{CP} is 1")
     if values["data_parallel_replicate_size"] > 1 and values["deepspeed"] == "zero0":
@@ -101,22 +101,23 @@ def _without_pipeline(values: Mapping[str, Any], given: Callable[[str], bool]) -
             raise usage_error(f"--{name} {values[name]} needs a pipeline: --{PP} 2 or more")
 
 
-def _pipeline(values: Mapping[str, Any], notes: list[str]) -> None:
+def _pipeline(values: Mapping[str, Any], given: Callable[[str], bool], notes: list[str]) -> None:
     pp, parts, schedule = values[PP], values[VPP], values["pipeline_schedule"]
     microbatches = values["gradient_accumulation_steps"]
+    asked, unit = f"--gradient_accumulation_steps {microbatches}", 1
+    if not given("gradient_accumulation_steps") and values["global_batch_size"] is not None:
+        unit = values["global_batch_size"] // microbatches
+        asked = f"--global_batch_size {values['global_batch_size']} ({microbatches} microbatches)"
     if parts > 1 and schedule == "1f1b":
         raise usage_error(
             f"--pipeline_schedule 1f1b runs one part per rank, not --{VPP} {parts}; use interleaved or zero_bubble"
         )
     if microbatches < pp:
-        raise usage_error(
-            f"--gradient_accumulation_steps {microbatches}: a pipeline of {pp} ranks is filled by {pp} "
-            f"microbatches or more; use {pp}"
-        )
+        raise usage_error(f"{asked}: a pipeline of {pp} ranks is filled by {pp} microbatches or more; use {pp * unit}")
     if microbatches % pp and schedule != "1f1b":
         raise usage_error(
-            f"--gradient_accumulation_steps {microbatches}: --pipeline_schedule {schedule} needs a multiple of {pp} "
-            f"microbatches; use {-(-microbatches // pp) * pp}"
+            f"{asked}: --pipeline_schedule {schedule} needs a multiple of {pp} microbatches; "
+            f"use {-(-microbatches // pp) * pp * unit}"
         )
     if values["deepspeed"] == "zero3" or values["fsdp"] in ("fsdp2", "full_shard"):
         flag = "deepspeed" if values["deepspeed"] else "fsdp"

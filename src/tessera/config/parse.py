@@ -11,13 +11,13 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tessera.config.errors import UserError
-from tessera.config.flags import BY_NAME, VERBS, Flag, flags_of
+from tessera.config.flags import BY_NAME, VERBS, Dialect, Flag, flags_of
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -26,12 +26,16 @@ SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """A command line cut at its flags: ``positional`` words, the words of each flag, and what looked odd."""
+    """A command line cut at its flags: ``positional`` words, the words of each flag, and what looked odd.
+
+    ``spelled`` is how the user wrote each flag, by its canonical name.
+    """
 
     positional: tuple[str, ...]
     flags: dict[str, list[str]]
     notes: tuple[str, ...]
     cut_after: str = ""
+    spelled: Mapping[str, str] = field(default_factory=dict)
 
 
 def usage_error(message: str) -> UserError:
@@ -39,14 +43,21 @@ def usage_error(message: str) -> UserError:
     return UserError(message, exit_code=2)
 
 
-def split(argv: Sequence[str], verb: str) -> Words:
+def program(verb: str, dialect: Dialect = "swift") -> str:
+    """``tessera sft`` or ``tessera megatron sft``."""
+    return f"tessera {'megatron ' if dialect == 'megatron' else ''}{verb}"
+
+
+def split(argv: Sequence[str], verb: str, dialect: Dialect = "swift") -> Words:
     """Cut the words after the verb at their flags; a flag given twice keeps its last words."""
     positional: list[str] = []
     uses: list[tuple[str, list[str]]] = []
+    spelling: dict[str, str] = {}
     for word in argv:
         if re.match(r"--[A-Za-z]", word):
             spelled, equals, value = word[2:].partition("=")
-            flag = lookup(spelled.replace("-", "_"), verb, f"--{spelled}")
+            flag = lookup(spelled.replace("-", "_"), verb, f"--{spelled}", dialect)
+            spelling[flag.name] = f"--{spelled}"
             uses.append((flag.name, [value] if equals else []))
         else:
             (uses[-1][1] if uses else positional).append(word)
@@ -56,12 +67,12 @@ def split(argv: Sequence[str], verb: str) -> Words:
     for name, words in uses:
         kept = words if words == [""] else [word for word in words if word.strip()]
         if kept != words:
-            cut_after = f"--{name}"
+            cut_after = spelling[name]
             notes.append(f"the command seems cut after {cut_after}: a backslash followed by a space ends it there")
         if flags.get(name, kept) != kept:
-            notes.append(f"--{name} is given twice: {shown(kept)} holds, {shown(flags[name])} is dropped")
+            notes.append(f"{spelling[name]} is given twice: {shown(kept)} holds, {shown(flags[name])} is dropped")
         flags[name] = kept
-    return Words(tuple(word for word in positional if word.strip()), flags, tuple(notes), cut_after)
+    return Words(tuple(word for word in positional if word.strip()), flags, tuple(notes), cut_after, spelling)
 
 
 def shown(words: Sequence[str]) -> str:
@@ -69,17 +80,21 @@ def shown(words: Sequence[str]) -> str:
     return " ".join(words) if words else "(no value)"
 
 
-def lookup(name: str, verb: str, label: str) -> Flag:
-    """The row called ``name`` if ``verb`` takes it; ``label`` is how the user wrote it."""
-    flag = BY_NAME.get(name)
-    if flag is not None and flag.belongs_to(verb):
+def lookup(name: str, verb: str, label: str, dialect: Dialect = "swift") -> Flag:
+    """The row called ``name`` if ``verb`` takes it in ``dialect``; ``label`` is how the user wrote it."""
+    flag, command = BY_NAME.get(name), program(verb, dialect)
+    if flag is not None and flag.belongs_to(verb, dialect) and name in flag.names(dialect):
         return flag
+    if flag is not None and flag.belongs_to(verb, dialect):
+        raise usage_error(f"{label}: {command} calls it --{flag.name}; {program(verb, 'megatron')} takes both names")
+    if flag is not None and flag.belongs_to(verb, "megatron"):
+        raise usage_error(f"{label}: {command} has no such flag; {program(verb, 'megatron')} takes it")
     if flag is not None:
-        takers = ", ".join(other for other in VERBS if flag.belongs_to(other))
-        raise usage_error(f"{label}: tessera {verb} has no such flag; it belongs to {takers}")
-    near = nearest(name, (spelling for flag in flags_of(verb) for spelling in (flag.name, *flag.aliases)))
+        takers = ", ".join(other for other in VERBS if flag.belongs_to(other, "megatron"))
+        raise usage_error(f"{label}: {command} has no such flag; it belongs to {takers}")
+    near = nearest(name, (spelling for flag in flags_of(verb, dialect) for spelling in flag.names(dialect)))
     hint = f"; nearest: {', '.join('--' + other for other in near)}" if near else ""
-    raise usage_error(f"{label}: tessera {verb} has no such flag{hint} (tessera {verb} --help lists them)")
+    raise usage_error(f"{label}: {command} has no such flag{hint} ({command} --help lists them)")
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tessera import __version__
-from tessera.config.flags import BY_NAME
+from tessera.config.flags import BY_NAME, Dialect
 
 Provenance = Mapping[str, str]
 """Flag name -> 'flag', 'yaml', 'env', 'args.json', 'program' (run_of) or 'default'."""
@@ -39,6 +39,10 @@ class ModelArgs:
     min_pixels: int | None
     video_max_pixels: int | None
     fps: float | None
+    hf_dir: str | None
+    allow_missing_vision_projection_checkpoint: bool
+    max_num: int | None
+    use_tiling: bool | None
     quant_method: str | None
     quant_bits: int | None
 
@@ -63,9 +67,10 @@ class DataArgs:
     columns: Mapping[str, str] | None
     strict: bool
     max_skip_ratio: float
-    image_resize: str
+    image_resize: str | None
     root_image_dir: str | None
     dataloader_num_workers: int | None
+    dataloader_drop_last: bool
     load_data_args: bool
 
 
@@ -101,6 +106,7 @@ class TrainArgs:
     per_device_train_batch_size: int
     per_device_eval_batch_size: int
     gradient_accumulation_steps: int
+    global_batch_size: int
     learning_rate: float
     vit_lr: float | None
     aligner_lr: float | None
@@ -113,6 +119,8 @@ class TrainArgs:
     lr_scheduler_type: str
     warmup_ratio: float
     warmup_steps: int
+    lr_warmup_fraction: float | None
+    lr_decay_iters: float | None
     min_lr: float
     wsd_decay_ratio: float
     seed: int
@@ -124,6 +132,7 @@ class TrainArgs:
     max_bad_steps: int
     eval_strategy: str
     eval_steps: Steps
+    eval_iters: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +168,7 @@ class SaveArgs:
     save_steps: Steps
     save_total_limit: int | None
     async_save: bool
+    save_format: str
     save_only_model: bool
     resume_from_checkpoint: str | None
     max_shard_size: int
@@ -172,6 +182,8 @@ class LogArgs:
     logging_first_step: bool
     report_to: tuple[str, ...]
     run_name: str | None
+    wandb_project: str | None
+    tensorboard_dir: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,6 +237,13 @@ class InferArgs:
     max_batch_size: int
     result_path: str | None
     val_dataset_sample: int | None
+    task: str | None
+    input_image_path: str | None
+    gt_path: str | None
+    output_path: str | None
+    num_partitions: int
+    partition_id: int
+    num_samples_per_partition: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +258,79 @@ class ExportArgs:
     exist_ok: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertArgs:
+    """What is converted between Hugging Face and Megatron, and how the Megatron side is laid out.
+
+    ``mcore_model``, ``mcore_adapters`` and ``mcore_vision_model`` are the sources on the Megatron side; a vocabulary is
+    padded to ``padded_vocab_size`` rows, or to a multiple of ``make_vocab_size_divisible_by`` x tensor ranks.
+    """
+
+    to_mcore: bool
+    to_hf: bool
+    mcore_model: str | None
+    mcore_adapters: tuple[str, ...]
+    mcore_vision_model: str | None
+    mcore_format: str
+    mcore_dialect: str | None
+    mcore_layer_layout: str | None
+    target_tensor_parallel_size: int | None
+    target_pipeline_parallel_size: int | None
+    target_expert_parallel_size: int | None
+    make_vocab_size_divisible_by: int | None
+    padded_vocab_size: int | None
+    test_convert_precision: bool
+    test_convert_dtype: str
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is converted."""
+        return self.to_mcore or self.to_hf
+
+    def describe(self) -> str:
+        """The conversion in one line, for a dry run and for errors."""
+        sources = [name for name in (self.mcore_model, self.mcore_vision_model, *self.mcore_adapters) if name]
+        parts = [" + ".join(sources), "to Megatron" if self.to_mcore else "to Hugging Face"]
+        if self.to_mcore:
+            sizes = {
+                "tp": self.target_tensor_parallel_size,
+                "pp": self.target_pipeline_parallel_size,
+                "ep": self.target_expert_parallel_size,
+            }
+            parts += [self.mcore_format, self.mcore_dialect or "", self.mcore_layer_layout or ""]
+            parts += [f"{name}{size}" for name, size in sizes.items() if size]
+            if self.padded_vocab_size:
+                parts.append(f"vocabulary padded to {self.padded_vocab_size}")
+            if self.make_vocab_size_divisible_by:
+                parts.append(f"vocabulary padded to a multiple of {self.make_vocab_size_divisible_by}")
+        if self.test_convert_precision:
+            parts.append(f"compared in {self.test_convert_dtype}")
+        return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardArgs:
+    """How shards are made of data and described, and how rows are looked at; ``split`` is the text ``9,1,0``."""
+
+    split: str | None
+    sample_type: str | None
+    field_map: Mapping[str, str] | None
+    shuffle_tars: bool
+    max_samples_per_tar: int
+    json: bool
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComposeArgs:
+    """What a new model is made of: ``vision`` and ``llm``, or ``config`` alone; ``aligner`` is a directory or init."""
+
+    vision: str | None
+    llm: str | None
+    aligner: str
+    config: str | None
+
+
 ROOM_CLASSES: Mapping[str, type] = {
     "model": ModelArgs,
     "data": DataArgs,
@@ -250,6 +342,9 @@ ROOM_CLASSES: Mapping[str, type] = {
     "parallel": ParallelArgs,
     "infer": InferArgs,
     "export": ExportArgs,
+    "convert": ConvertArgs,
+    "shards": ShardArgs,
+    "compose": ComposeArgs,
 }
 
 
@@ -257,12 +352,15 @@ ROOM_CLASSES: Mapping[str, type] = {
 class Run:
     """Everything a verb is told.
 
-    ``target`` is the positional argument of ``report`` (a run directory) and ``demo``, ``config_file`` the YAML or JSON
-    file the flags came from, ``env`` the environment variables that had a say and those of the file's ``ENV`` block,
-    ``inert`` the accepted flags without effect, ``notes`` what to tell the user once before anything starts.
+    ``dialect`` says whose names and defaults the command line was in; nothing but those depends on it.
+    ``target`` is the positional argument of ``report`` (a run directory) and ``demo``, and what ``data`` converts or
+    prepares; ``task`` is what ``data`` does, in words. ``config_file`` is the YAML or JSON file the flags came from,
+    ``env`` the environment variables that had a say and those of the file's ``ENV`` block, ``inert`` the accepted flags
+    without effect, ``notes`` what to tell the user once before anything starts.
     """
 
     verb: str
+    dialect: Dialect
     model: ModelArgs
     data: DataArgs
     adapt: AdaptArgs
@@ -273,7 +371,11 @@ class Run:
     parallel: ParallelArgs
     infer: InferArgs
     export: ExportArgs
+    convert: ConvertArgs
+    shards: ShardArgs
+    compose: ComposeArgs
     dry_run: bool
+    task: tuple[str, ...]
     target: str | None
     config_file: str | None
     provenance: Provenance
@@ -290,10 +392,16 @@ class Run:
         """The flat args.json: every flag under all its spellings, tokens nulled, plus what made this run."""
         out: dict[str, Any] = {}
         for name, value in {**self.values(), **self.inert}.items():
-            for spelling in (name, *BY_NAME[name].aliases):
+            for spelling in BY_NAME[name].names(self.dialect):
                 out[spelling] = list(value) if isinstance(value, tuple) else value
         out["hub_token"] = None
-        return {**out, "verb": self.verb, "env": dict(self.env), "tessera_version": __version__}
+        return {
+            **out,
+            "verb": self.verb,
+            "dialect": self.dialect,
+            "env": dict(self.env),
+            "tessera_version": __version__,
+        }
 
     def describe(self) -> str:
         """One line per room with the values that are not defaults, each followed by where it came from."""

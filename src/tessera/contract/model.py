@@ -28,6 +28,9 @@ from tessera.contract.weightmap import WeightMap
 HFConfig = Mapping[str, Any]
 """A checkpoint's ``config.json``, parsed."""
 
+SEAM = "\U000f0013"
+"""Stands in a media item's text where two tokens must not become one; it is no text itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class LossSum:
@@ -83,7 +86,8 @@ class Geometry(Protocol):
     """CPU-only facts of a family about pixels, placeholders and positions; pure functions, safe in any thread.
 
     ``placeholder[kind]`` is what the chat template prints for one media item and ``pad_ids[kind]`` the id of the token
-    in it that is repeated. A text-only family has ``patch_size`` 0.
+    in it that is repeated. A text-only family has ``patch_size`` 0. ``resize`` is whose arithmetic the family's images
+    are resized with, ``torch`` or ``pil``.
     """
 
     patch_size: int
@@ -91,6 +95,7 @@ class Geometry(Protocol):
     merge_size: int
     normalisation: Normalisation
     resample: str
+    resize: str
     placeholder: Mapping[str, str]
     pad_ids: Mapping[str, int]
 
@@ -107,7 +112,10 @@ class Geometry(Protocol):
         ...
 
     def text(self, item: MediaItem) -> str:
-        """What replaces ``placeholder[item.kind]`` in the rendered text; holds one pad token per slot."""
+        """What replaces ``placeholder[item.kind]`` in the rendered text; holds one pad token per slot.
+
+        Text is tokenised apart before and behind a :data:`SEAM`. A newline at its end is dropped if one follows.
+        """
         ...
 
     def slots(self, item: MediaItem) -> tuple[int, ...]:
@@ -128,8 +136,17 @@ class Geometry(Protocol):
         max_pixels: int | None = None,
         video_max_pixels: int | None = None,
         fps: float | None = None,
+        max_tiles: int | None = None,
+        tiling: bool | None = None,
     ) -> Geometry:
-        """This geometry under the user's limits (None keeps one)."""
+        """This geometry under the user's limits (None keeps one).
+
+        ``max_tiles`` and ``tiling`` are about models that cut images into tiles; UserError for others with images.
+        """
+        ...
+
+    def stored(self, file: str, held: Mapping[str, Any]) -> Mapping[str, Any]:
+        """``held``, the parsed ``config.json`` or ``preprocessor_config.json`` (``file``), with this one's limits."""
         ...
 
     def minimal_grid(self) -> Grid:
@@ -145,6 +162,8 @@ class Family:
     ``torch.device("meta")``); its module names are those of the transformers model in memory, so adapters and state
     dicts are interchangeable. ``geometry`` also takes the parsed ``preprocessor_config.json`` (``{}`` if there is
     none). ``weightmap`` also takes the tensor names found on disk, for families whose naming changed between releases.
+    ``tokens`` are entries that a ``config.json`` may leave to the tokenizer: the first of these texts that is one token
+    of the checkpoint's becomes the entry, and its id the entry of that name with ``_id`` behind.
     """
 
     name: str
@@ -154,6 +173,7 @@ class Family:
     plan: Callable[[HFConfig], Plan]
     weightmap: Callable[[HFConfig, Sequence[str]], WeightMap]
     tiny: Callable[[], dict[str, Any]]
+    tokens: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -1,9 +1,10 @@
 """What a family's tensors are called on disk, and how they lie there, as rules that read in both directions.
 
 A model in memory uses transformers' module names; a checkpoint may use older ones, hold one of our tensors in parts or
-turned, leave out a tensor that equals another, or carry one that nobody needs. Five kinds of rule say so::
+turned, leave out a tensor that equals another, or carry one that nobody needs. Six kinds of rule say so::
 
     Rename("model.visual.**", "visual.**")                               ours <-> disk; ** is the rest of the name
+    Fuse(("layers.*.q.weight", "layers.*.k.weight"), "layers.*.qk.weight")    disk holds ours one behind the other
     Stack("layers.*.experts.gate_up_proj",                               our [E, 2I, H] is 2E matrices on disk
           ("layers.*.experts.#.gate_proj.weight", "layers.*.experts.#.up_proj.weight"))    # counts dimension 0
     Turn(("layers.*.experts.gate_up_proj", ...))                         disk swaps the last two dimensions
@@ -11,10 +12,10 @@ turned, leave out a tensor that equals another, or carry one that nobody needs. 
     ignored = ("model.layers.*.self_attn.rotary_emb.inv_freq",)          on disk, not in the model
 
 Import reads the table from right to left, export from left to right, so the two cannot drift apart:
-``inverse(forward(x)) == x`` for every ``x`` of our tensors. A tensor that no Stack or Turn names is moved, never looked
-at, and may be anything. The first rule that fits wins and a name that fits no rule is the same on both sides. Stacks
-and Turns speak our names; renames apply to what they give. :meth:`WeightMap.pieces` says the same piece by piece, so
-that a reader who holds a slice of a tensor finds the bytes of that slice and no others.
+``inverse(forward(x)) == x`` for every ``x`` of our tensors. A tensor that no Fuse, Stack or Turn names is moved, never
+looked at, and may be anything. The first rule that fits wins and a name that fits no rule is the same on both sides.
+Fuses, Stacks and Turns speak our names; renames apply to what they give. :meth:`WeightMap.pieces` says the same piece
+by piece, so that a reader who holds a slice of a tensor finds the bytes of that slice and no others.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TypeVar, cast
 
 import torch
@@ -33,6 +35,9 @@ Shape = tuple[int, ...]
 
 def _rewrite(source: str, target: str, name: str) -> str | None:
     """``name`` carried from pattern ``source`` to pattern ``target``; None if it does not fit."""
+    if "*" in source.removesuffix("**"):
+        found = _components(source, name)
+        return None if found is None else _filled(target, found)
     if not source.endswith("**"):
         return target if name == source else None
     prefix = source[:-2]
@@ -41,26 +46,46 @@ def _rewrite(source: str, target: str, name: str) -> str | None:
 
 def _components(pattern: str, name: str) -> tuple[str, ...] | None:
     """What stands for each ``*`` (any component) and ``#`` (a number) of ``pattern`` in ``name``; None if no fit."""
-    expression = re.escape(pattern).replace(r"\*\*", "(.+)").replace(r"\*", r"([^.]+)").replace(r"\#", r"(\d+)")
-    found = re.fullmatch(expression, name)
+    found = _expression(pattern).fullmatch(name)
     return None if found is None else found.groups()
+
+
+@lru_cache(maxsize=512)  # experts make names by the ten thousand
+def _expression(pattern: str) -> re.Pattern[str]:
+    wild = re.escape(pattern).replace(r"\*\*", "(.+)").replace(r"\*", r"([^.]+)").replace(r"\#", r"(\d+)")
+    return re.compile(wild)
 
 
 def _filled(pattern: str, components: tuple[str, ...]) -> str:
     """``pattern`` with its wildcards replaced one after the other."""
     given = iter(components)
-    return "".join(next(given) if part in ("*", "#") else part for part in re.split(r"([*#])", pattern))
+    return "".join(next(given) if part in ("**", "*", "#") else part for part in re.split(r"(\*\*|[*#])", pattern))
 
 
 @dataclass(frozen=True, slots=True)
 class Rename:
-    """Our name is called ``disk`` there; both may end in ``**``, which stands for the same rest of the name."""
+    """Our name is called ``disk`` there; both may end in ``**``, which stands for the same rest of the name.
+
+    A ``*`` before it stands for one component, the same in both.
+    """
 
     ours: str
     disk: str
 
     def __post_init__(self) -> None:
-        assert self.ours.endswith("**") == self.disk.endswith("**"), f"{self} has a wildcard on one side only"
+        same = self.ours.endswith("**") == self.disk.endswith("**") and self.ours.count("*") == self.disk.count("*")
+        assert same, f"{self} has a wildcard on one side only"
+
+
+@dataclass(frozen=True, slots=True)
+class Fuse:
+    """Our tensors ``ours``, all of one shape, lie on disk one behind the other along dimension 0, as ``disk``.
+
+    ``*`` stands for one component, the same in all patterns.
+    """
+
+    ours: tuple[str, ...]
+    disk: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +124,8 @@ class Piece:
     """One disk tensor and the region of our tensor that it holds.
 
     ``index`` (None: all) is a place in dimension 0, which the disk tensor then lacks; ``start:end`` the range of
-    dimension 1 it covers there; ``turned`` whether its last two dimensions are swapped.
+    dimension 1 it covers there; ``turned`` whether its last two dimensions are swapped. A disk tensor that
+    holds several of ours has ``total`` rows (0: it is ours alone), and ours begin at row ``before``.
     """
 
     disk: str
@@ -107,9 +133,11 @@ class Piece:
     start: int = 0
     end: int = 0
     turned: bool = False
+    before: int = 0
+    total: int = 0
 
     def of(self, ours: Tensor) -> Tensor:
-        """The disk tensor, as a view of our whole tensor."""
+        """The disk tensor, or our share of it, as a view of our whole tensor."""
         region = ours if self.index is None else ours[self.index, self.start : self.end]
         return region.transpose(-1, -2) if self.turned else region
 
@@ -120,6 +148,9 @@ class Piece:
         """
         if self.index is None:
             where = tuple(slice(0, cut.stop - cut.start) for cut in part)
+            if self.total:
+                first, *rest = part
+                return (slice(self.before + first.start, self.before + first.stop), *rest), where
             return ((*part[:-2], part[-1], part[-2]) if self.turned else part), where
         first, rows, *rest = part
         low, high = max(rows.start, self.start), min(rows.stop, self.end)
@@ -132,6 +163,8 @@ class Piece:
 
     def shape(self, ours: Shape) -> Shape:
         """Shape of the disk tensor."""
+        if self.total:
+            return (self.total, *ours[1:])
         own = ours if self.index is None else (self.end - self.start, *ours[2:])
         return (*own[:-2], own[-1], own[-2]) if self.turned else own
 
@@ -148,9 +181,13 @@ class WeightMap:
     ignored: tuple[str, ...] = ()
     stacks: tuple[Stack, ...] = ()
     turns: tuple[Turn, ...] = ()
+    fuses: tuple[Fuse, ...] = ()
 
     def to_disk(self, name: str) -> str:
         """What our tensor ``name`` is called on disk; of a stacked one, what its first part is called."""
+        fused = self._fuse(name)
+        if fused is not None:
+            return self._renamed(fused[1])
         rule = self._stack(name)
         if rule is not None:
             stack, components = rule
@@ -158,14 +195,22 @@ class WeightMap:
         return self._renamed(name)
 
     def to_ours(self, name: str) -> str:
-        """What the tensor ``name`` on disk is called, or belongs to, in the model."""
+        """What the tensor ``name`` on disk is called, or belongs to, in the model; the first, if it is several."""
+        return self._owners(name)[0]
+
+    def _owners(self, name: str) -> tuple[str, ...]:
+        """Our tensors of which the disk tensor ``name`` holds something, in the order in which they lie."""
         plain = self._restored(name)
+        for fuse in self.fuses:
+            found = _components(fuse.disk, plain)
+            if found is not None:
+                return tuple(_filled(ours, found) for ours in fuse.ours)
         for stack in self.stacks:
             for part in stack.parts:
                 found = _components(part, plain)
                 if found is not None:
-                    return _filled(stack.ours, found[:-1])
-        return plain
+                    return (_filled(stack.ours, found[:-1]),)
+        return (plain,)
 
     def is_ignored(self, name: str) -> bool:
         """Whether the disk tensor ``name`` is known to have no counterpart in the model."""
@@ -173,6 +218,10 @@ class WeightMap:
 
     def pieces(self, name: str, shape: Shape) -> tuple[Piece, ...]:
         """The disk tensors that hold our tensor ``name`` of this shape, without tied copies."""
+        fused = self._fuse(name)
+        if fused is not None:
+            place, disk, count = fused
+            return (Piece(self._renamed(disk), before=place * shape[0], total=count * shape[0]),)
         rule = self._stack(name)
         if rule is None:
             return (Piece(self._renamed(name), turned=self._turned(name)),)
@@ -196,7 +245,14 @@ class WeightMap:
     def forward(self, ours: Mapping[str, T]) -> dict[str, T]:
         """Our names to disk names, tied copies included. Values are views where a rule cuts or turns them."""
         disk: dict[str, T] = {}
+        fused: dict[tuple[str, int], dict[int, Tensor]] = {}
         for name, value in ours.items():
+            share = self._fuse(name)
+            if share is not None:
+                assert isinstance(value, Tensor), f"{name}: only tensors can be fused"
+                place, name, count = share
+                fused.setdefault((self._renamed(name), count), {})[place] = value
+                continue
             if self._stack(name) is None and not self._turned(name):
                 held = {self._renamed(name): value}
             else:
@@ -205,6 +261,10 @@ class WeightMap:
                 held = {piece.disk: cast(T, piece.of(value)) for piece in pieces}
             assert not disk.keys() & held.keys(), f"two of our tensors map to one disk name: {sorted(held)[0]}"
             disk |= held
+        for (name, count), shares in fused.items():
+            assert name not in disk, f"two of our tensors map to one disk name: {name}"
+            assert len(shares) == count, f"{name}: parts are missing"
+            disk[name] = cast(T, torch.cat([shares[place] for place in sorted(shares)]))
         return disk | {copy: disk[self._renamed(name)] for name in ours for copy in self.copies(name)}
 
     def inverse(self, disk: Mapping[str, T]) -> dict[str, T]:
@@ -212,9 +272,15 @@ class WeightMap:
         copies = {tie.copy for tie in self.ties}
         kept = {name: value for name, value in disk.items() if name not in copies and not self.is_ignored(name)}
         groups: dict[str, dict[str, T]] = {}
-        for name, value in kept.items():
-            groups.setdefault(self.to_ours(name), {})[name] = value
         ours: dict[str, T] = {}
+        for name, value in kept.items():
+            first, *others = self._owners(name)
+            if others:
+                assert isinstance(value, Tensor), f"{name}: only tensors can be fused"
+                shares = value.chunk(1 + len(others))
+                ours |= {owner: cast(T, share) for owner, share in zip((first, *others), shares, strict=True)}
+            else:
+                groups.setdefault(first, {})[name] = value
         for name, held in groups.items():
             if self._stack(name) is not None:
                 ours[name] = cast(T, self._joined(name, held))
@@ -259,6 +325,15 @@ class WeightMap:
             found = _components(stack.ours, name)
             if found is not None:
                 return stack, found
+        return None
+
+    def _fuse(self, name: str) -> tuple[int, str, int] | None:
+        """(its place, what holds it under our names, how many share that) of the fused tensor ``name``."""
+        for fuse in self.fuses:
+            for place, pattern in enumerate(fuse.ours):
+                found = _components(pattern, name)
+                if found is not None:
+                    return place, _filled(fuse.disk, found), len(fuse.ours)
         return None
 
     def _turned(self, name: str) -> bool:

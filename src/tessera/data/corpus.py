@@ -17,9 +17,9 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,17 +27,27 @@ from tessera.config.errors import UserError
 from tessera.config.run import DataArgs
 from tessera.contract.model import Geometry
 from tessera.data import media
+from tessera.data.blend import draw, whole_shares
 from tessera.data.encode import Encoder, Files
 from tessera.data.render import Encoded, Rendered, Renderer
 from tessera.data.sample import BadRow, ImageRef, Sample
-from tessera.data.sources import open_rows, parse_dataset_spec, sample_rows, split_rows
-from tessera.data.tables import Rows
+from tessera.data.sources import leaves, parse_dataset_spec, sample_rows, split_rows
+from tessera.data.tables import Joined, Rows, place_of
 
 _CHUNK = 1000
 _NUMBERS = re.compile(r"\d+")
 
-Chosen = tuple[Rows, np.ndarray]
-"""A dataset and the row indices [n] drawn from it, possibly with repeats."""
+
+class Chosen(NamedTuple):
+    """A dataset and the ``indices [n]`` of its rows that are used, possibly with repeats.
+
+    ``share`` is how many of them an epoch shows if the dataset is part of a blend, None for each of them once.
+    """
+
+    rows: Rows
+    indices: np.ndarray
+    share: float | None = None
+
 
 Progress = Callable[[int, int], None]
 """Called with (rows planned, rows in all) now and then."""
@@ -49,23 +59,26 @@ class Skips:
 
     path: Path | None = None
     rows: dict[tuple[str, int], str] = field(default_factory=dict)
+    places: dict[tuple[str, int], str] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, dataset: str, row: int, reason: str) -> None:
-        """Note row number ``row`` (from 0) of ``dataset``, once."""
+    def add(self, dataset: str, row: int, reason: str, place: str = "") -> None:
+        """Note row number ``row`` (from 0) of ``dataset``, once; ``place`` is where it lies, beyond its number."""
         with self._lock:
             if (dataset, row) in self.rows:
                 return
             self.rows[dataset, row] = reason
+            if place:
+                self.places[dataset, row] = place
             if self.path is not None:
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(self._line(dataset, row, reason))
+                    file.write(self._line((dataset, row)))
 
     def write(self, path: Path) -> None:
         """All rows skipped so far, as a new file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock:
-            path.write_text("".join(self._line(*key, reason) for key, reason in self.rows.items()), encoding="utf-8")
+            path.write_text("".join(self._line(key) for key in self.rows), encoding="utf-8")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,9 +95,16 @@ class Skips:
         """The most frequent reasons in one line."""
         return "; ".join(f"{count}x {reason}" for count, reason in self.reasons()[:most])
 
-    @staticmethod
-    def _line(dataset: str, row: int, reason: str) -> str:
-        return json.dumps({"dataset": dataset, "row": row, "reason": reason}, ensure_ascii=False) + "\n"
+    def entries(self) -> list[dict[str, Any]]:
+        """One object per row skipped: dataset, row, place if there is more to say than its number, reason."""
+        return [self._entry(key) for key in self.rows]
+
+    def _entry(self, key: tuple[str, int]) -> dict[str, Any]:
+        place = {"place": self.places[key]} if key in self.places else {}
+        return {"dataset": key[0], "row": key[1], **place, "reason": self.rows[key]}
+
+    def _line(self, key: tuple[str, int]) -> str:
+        return json.dumps(self._entry(key), ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +112,7 @@ class Corpus:
     """Planned rows: ``lengths [N] int64`` tokens, ``patches [N] int64`` tower input rows, ``refs [N, 3] int64``.
 
     A ref is (dataset, row in it, part of the row); ``limit`` is how many rows may still fail when their pixels are
-    decoded before the run stops.
+    decoded before the run stops. ``shares`` is how many rows an epoch shows of each dataset, empty if all of them.
     """
 
     rows: tuple[Rows, ...]
@@ -102,6 +122,7 @@ class Corpus:
     encoder: Encoder
     skips: Skips
     limit: float = float("inf")
+    shares: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -111,7 +132,20 @@ class Corpus:
         """Changes if a row, its length or the order of the corpus does; independent of where the files lie."""
         digest = hashlib.blake2b(self.refs.tobytes(), digest_size=16)
         digest.update(self.lengths.tobytes())
+        digest.update(repr(self.shares).encode() if self.shares else b"")
         return digest.hexdigest()
+
+    @property
+    def epoch_rows(self) -> int:
+        """How many rows an epoch shows."""
+        return sum(self.shares) if self.shares else len(self)
+
+    def drawn(self, seed: int, epoch: int, *, shuffle: bool = True) -> np.ndarray:
+        """``[epoch_rows] int64``: which rows an epoch shows, in no particular order; see :mod:`tessera.data.blend`."""
+        if not self.shares:
+            return np.arange(len(self), dtype=np.int64)
+        counts = np.bincount(self.refs[:, 0], minlength=len(self.shares)).tolist()
+        return draw(counts, self.shares, seed, epoch, shuffle=shuffle)
 
     def sample(self, index: int) -> Sample:
         """Row ``index`` in normal form."""
@@ -132,7 +166,7 @@ class Corpus:
     def drop(self, index: int, reason: str) -> None:
         """Record that row ``index`` failed after planning; UserError once more than ``limit`` rows have."""
         dataset, row, _ = self.refs[index].tolist()
-        self.skips.add(self.rows[dataset].name, row, reason)
+        self.skips.add(self.rows[dataset].name, row, reason, place_of(self.rows[dataset], row))
         if len(self.skips) > self.limit:
             raise UserError(f"too many unusable rows ({len(self.skips)}, see --max_skip_ratio): {self.skips.summary()}")
 
@@ -179,7 +213,7 @@ def plan(
         skips.path = run_dir / "skipped.jsonl" if is_main else None
         if skips.path is not None:
             skips.path.unlink(missing_ok=True)
-    planner = _Planner(encoder, skips, data.strict, sum(len(np.unique(i)) for _, i in [*train, *held]), progress)
+    planner = _Planner(encoder, skips, data.strict, sum(len(np.unique(c.indices)) for c in [*train, *held]), progress)
     corpora = [planner.corpus(chosen) for chosen in (train, held)]
     total = planner.total
     names = " ".join(data.dataset) or " ".join(data.val_dataset)
@@ -191,7 +225,7 @@ def plan(
             f"{data.max_skip_ratio}: {skips.summary()}"
         )
     limit = 0.0 if data.strict else max(data.max_skip_ratio * total, len(skips))
-    ready = [Corpus(c.rows, c.refs, c.lengths, c.patches, encoder, skips, limit) for c in corpora]
+    ready = [replace(corpus, limit=limit) for corpus in corpora]
     if run_dir is not None:
         skips.path = run_dir / "skipped.jsonl"  # from here on, every rank reports what it fails to decode
         if is_main and held and not data.val_dataset and len(ready[1]):
@@ -210,21 +244,18 @@ def select(data: DataArgs) -> tuple[list[Chosen], list[Chosen]]:
     ratio = 0.0 if data.val_dataset else data.split_dataset_ratio
     for text in data.dataset:
         spec = parse_dataset_spec(text)
-        rows = open_rows(spec)
-        if not len(rows):
-            raise UserError(f"--dataset {text}: the dataset is empty")
-        kept, out = split_rows(len(rows), spec.sample, ratio, rng, shuffle=data.dataset_shuffle)
-        train.append((rows, rng.permutation(kept) if data.dataset_shuffle else kept))
-        if len(out):
-            held.append((rows, out))
+        for rows, share in leaves(spec):
+            kept, out = split_rows(len(rows), None if share else spec.sample, ratio, rng, shuffle=data.dataset_shuffle)
+            train.append(Chosen(rows, rng.permutation(kept) if data.dataset_shuffle else kept, share))
+            if len(out):
+                held.append(Chosen(rows, out))
     for text in data.val_dataset:
         spec = parse_dataset_spec(text)
-        rows = open_rows(spec)
-        if not len(rows):
-            raise UserError(f"--val_dataset {text}: the dataset is empty")
-        held.append((rows, sample_rows(len(rows), spec.sample, rng, shuffle=data.dataset_shuffle)))
+        parts = [rows for rows, _ in leaves(spec, "val")]
+        joined = parts[0] if len(parts) == 1 else Joined(spec.name, parts)
+        held.append(Chosen(joined, sample_rows(len(joined), spec.sample, rng, shuffle=data.dataset_shuffle)))
     if data.val_dataset_shuffle:
-        held = [(rows, rng.permutation(indices)) for rows, indices in held]
+        held = [Chosen(chosen.rows, rng.permutation(chosen.indices)) for chosen in held]
     return train, held
 
 
@@ -242,7 +273,7 @@ class _Planner:
     def corpus(self, chosen: Sequence[Chosen]) -> Corpus:
         """The rows of several datasets, one dataset behind the other."""
         refs, lengths, patches = [np.empty((0, 3), np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for dataset, (rows, indices) in enumerate(chosen):
+        for dataset, (rows, indices, _) in enumerate(chosen):
             planned = self._dataset(rows, np.unique(indices))
             at = _occurrences(planned[:, 0], indices)
             found = planned[at]
@@ -250,14 +281,15 @@ class _Planner:
             lengths.append(found[:, 2])
             patches.append(found[:, 3])
         joined = (np.concatenate(refs), np.concatenate(lengths), np.concatenate(patches))
-        return Corpus(tuple(rows for rows, _ in chosen), *joined, self.encoder, self.skips)
+        shares = _shares(chosen, [len(part) for part in refs[1:]])
+        return Corpus(tuple(c.rows for c in chosen), *joined, self.encoder, self.skips, shares=shares)
 
     def _dataset(self, rows: Rows, indices: np.ndarray) -> np.ndarray:
         """``[n, 4] int64`` (row, part, tokens, patches) of all usable rows among ``indices`` (sorted, no repeats)."""
         held: dict[str, tuple[int, int]] = {}  # a file may serve many rows
 
         def probe(source: ImageRef) -> tuple[int, int]:
-            if isinstance(source, bytes):
+            if not isinstance(source, str):
                 return media.probe(source)
             size = held.get(source)
             if size is None:
@@ -304,8 +336,20 @@ class _Planner:
 
     def _skip(self, rows: Rows, row: int, error: BadRow) -> None:
         if self.strict:
-            raise UserError(f"--strict true: row {row} of {rows.name}: {error}") from None
-        self.skips.add(rows.name, row, str(error))
+            place = place_of(rows, row)
+            where = f" ({place})" if place else ""
+            raise UserError(f"--strict true: row {row} of {rows.name}{where}: {error}") from None
+        self.skips.add(rows.name, row, str(error), place_of(rows, row))
+
+
+def _shares(chosen: Sequence[Chosen], found: Sequence[int]) -> tuple[int, ...]:
+    """Rows of each dataset in an epoch, ``found`` of which are usable; empty where nothing is blended."""
+    if all(c.share is None for c in chosen):
+        return ()
+    for c, count in zip(chosen, found, strict=True):
+        if not count:
+            raise UserError(f"no row of {c.rows.name} can be used, and a blend needs some of each dataset")
+    return whole_shares([count if c.share is None else c.share for c, count in zip(chosen, found, strict=True)])
 
 
 def _occurrences(planned_rows: np.ndarray, indices: np.ndarray) -> np.ndarray:
@@ -344,14 +388,16 @@ def plain_row(sample: Sample) -> dict[str, Any]:
         row["images"] = [_portable(image) for image in sample.images]
     if sample.videos:
         row["videos"] = [[_portable(frame) for frame in video] for video in sample.videos]
+    if sample.fps:
+        row["fps"] = list(sample.fps)
     if sample.tools:
         row["tools"] = list(sample.tools)
     return row
 
 
 def _portable(source: ImageRef) -> str:
-    if isinstance(source, bytes):
-        return "data:image;base64," + base64.b64encode(source).decode("ascii")
+    if not isinstance(source, str):
+        return "data:image;base64," + base64.b64encode(media.load(source)).decode("ascii")
     if source.startswith(("data:", "file:")):
         return source
     return str(Path(source).absolute())

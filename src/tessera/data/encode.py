@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ Files = Mapping[ImageRef, bytes]
 class Encoder:
     """Rows to :class:`Encoded` and pixels, under one run's rules.
 
-    ``image_resize`` is ``torch`` or ``pil``; relative image paths are looked for below ``root_image_dir`` if given,
-    else in the working directory, else beside the dataset's file.
+    ``image_resize`` is ``torch``, ``pil`` or None, the family's own; relative image paths are looked for below
+    ``root_image_dir`` if given, else in the working directory, else beside the dataset's file.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Encoder:
         renderer: Renderer,
         geometry: Geometry,
         *,
-        image_resize: str = "torch",
+        image_resize: str | None = None,
         root_image_dir: str | None = None,
         max_length: int | None = None,
         truncation_strategy: str = "delete",
@@ -52,7 +53,7 @@ class Encoder:
     ) -> None:
         self.renderer = renderer
         self.geometry = geometry
-        self.image_resize = image_resize
+        self.image_resize = image_resize or geometry.resize
         self.root_image_dir = root_image_dir
         self.max_length = max_length
         self.truncation_strategy = truncation_strategy
@@ -64,14 +65,15 @@ class Encoder:
         found = normalise(row, self.columns, need_answer=need_answer)
         if not found.images and not found.videos:
             return found
-        images = tuple(self._located(image, base) for image in found.images)
-        videos = tuple(tuple(self._located(frame, base) for frame in video) for video in found.videos)
-        return Sample(found.messages, images, videos, found.tools)
+        images = tuple(located(image, base, self.root_image_dir) for image in found.images)
+        videos = tuple(tuple(located(frame, base, self.root_image_dir) for frame in video) for video in found.videos)
+        return replace(found, images=images, videos=videos)
 
     def rendered(self, sample: Sample, probe: Probe = media.probe, *, prompt: bool = False) -> Rendered:
         """Text and media items of the sample, from image headers alone; ``prompt`` leaves the last answer out."""
         images = [self._medium("image", (image,), probe) for image in sample.images]
-        videos = [self._medium("video", video, probe) for video in sample.videos]
+        rates = sample.fps or [None] * len(sample.videos)
+        videos = [self._medium("video", video, probe, fps) for video, fps in zip(sample.videos, rates, strict=True)]
         render = self.renderer.prompt if prompt else self.renderer.render
         return render(sample, images, videos)
 
@@ -125,7 +127,7 @@ class Encoder:
         still = all(row.still for row in rows)
         return 3 * (1 if still else self.geometry.temporal_patch_size) * self.geometry.patch_size**2
 
-    def _medium(self, kind: str, sources: tuple[ImageRef, ...], probe: Probe) -> Medium:
+    def _medium(self, kind: str, sources: tuple[ImageRef, ...], probe: Probe, fps: float | None = None) -> Medium:
         if kind not in self.geometry.pad_ids:
             raise BadRow(f"this model takes no {kind}s")
         sizes = [probe(source) for source in sources]  # every frame must be there; the first decides
@@ -134,7 +136,8 @@ class Encoder:
             grid = self.geometry.grid(height, width, len(sources))
         except UserError as error:
             raise BadRow(str(error)) from None
-        return Medium(MediaItem(kind, grid), sources)
+        stamps = () if fps is None else tuple(index / fps for index in range(len(sources)))
+        return Medium(MediaItem(kind, grid, stamps), sources)
 
     def _fill(self, medium: Medium, out: np.ndarray, files: Files) -> None:
         frames = []
@@ -151,17 +154,6 @@ class Encoder:
                 shown = media.resize(pixels, *target, self.image_resize)
                 frames += media.tiles(shown, down * patch, across * patch)
         media.patchify(frames, patch, self.geometry.merge_size, out.shape[1] // (3 * patch * patch), out)
-
-    def _located(self, source: ImageRef, base: Path | None) -> ImageRef:
-        if isinstance(source, bytes) or os.path.isabs(source) or source.startswith(("data:", "file:")):
-            return source
-        if self.root_image_dir is not None:
-            return os.path.join(self.root_image_dir, source)
-        if base is not None and "://" not in source and not os.path.exists(source):
-            beside = os.path.join(base, source)
-            if os.path.exists(beside):
-                return beside
-        return source
 
     def _split(self, encoded: Encoded, limit: int) -> list[Encoded]:
         """Consecutive parts of at most ``limit`` tokens, cut between media items."""
@@ -186,3 +178,16 @@ def _cut(encoded: Encoded, keep: np.ndarray, held: tuple[Medium, ...]) -> Encode
     weights = encoded.loss_weight[keep]
     weights[0] = 0.0
     return Encoded(encoded.tokens[keep], weights, held)
+
+
+def located(source: ImageRef, base: Path | None, root: str | None = None) -> ImageRef:
+    """Where a relative path leads: below ``root`` if given, else in the working directory, else beside ``base``."""
+    if not isinstance(source, str) or os.path.isabs(source) or source.startswith(("data:", "file:")):
+        return source
+    if root is not None:
+        return os.path.join(root, source)
+    if base is not None and "://" not in source and not os.path.exists(source):
+        beside = os.path.join(base, source)
+        if os.path.exists(beside):
+            return beside
+    return source

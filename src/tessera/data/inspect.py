@@ -58,11 +58,14 @@ def report(data: DataArgs, train: Corpus, val: Corpus | None) -> Iterator[str]:
         yield f"{name}  tokens per row: {_spread(corpus.lengths)}; {int(corpus.lengths.sum())} in all"
         if corpus.patches.any():
             yield f"{name}  image patches per row: {_spread(corpus.patches)}; {int(corpus.patches.sum())} in all"
+    for share, rows in zip(train.shares, train.rows, strict=False):
+        yield f"blend  {rows.name}: {share} of the {train.epoch_rows} rows of an epoch ({share / train.epoch_rows:.1%})"
     if data.packing and len(train):
         capacity = data.packing_length or train.encoder.max_length or int(train.lengths.max())
-        units = plan_epoch(train.lengths, data.data_seed, 0, packing=True, capacity=capacity)
-        filled = float(train.lengths.sum()) / (len(units) * capacity)
-        yield f"packing  {len(train)} rows in {len(units)} packs of {capacity} tokens, {filled:.1%} filled"
+        lengths = train.lengths[train.drawn(data.data_seed, 0)]
+        units = plan_epoch(lengths, data.data_seed, 0, packing=True, capacity=capacity)
+        filled = float(lengths.sum()) / (len(units) * capacity)
+        yield f"packing  {len(lengths)} rows in {len(units)} packs of {capacity} tokens, {filled:.1%} filled"
     if len(train.skips):
         yield f"skipped  {len(train.skips)} rows"
         for count, reason in train.skips.reasons()[:10]:

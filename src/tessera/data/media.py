@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from tessera.data.buffers import Buffers
-from tessera.data.sample import BadRow, ImageRef
+from tessera.data.sample import BadRow, ImageRef, Slice
 
 MAX_DECODED_PIXELS = 178_956_970
 """Largest image that is decoded, width times height (PIL's own limit)."""
@@ -39,8 +39,8 @@ _FAST_JPEG = importlib.util.find_spec("simplejpeg") is not None
 
 def probe(source: ImageRef) -> tuple[int, int]:
     """(height, width) in pixels from the header alone; BadRow if there is no image that can be trained on."""
-    if isinstance(source, str) and not source.startswith("data:"):
-        size = _probe_file(_path(source))
+    if isinstance(source, Slice) or (isinstance(source, str) and not source.startswith("data:")):
+        size = _probe_file(source)
     else:
         data = load(source)
         size = _probe_head(data) or _probe_pil(io.BytesIO(data))
@@ -56,6 +56,8 @@ def load(source: ImageRef) -> bytes:
     """The bytes of the image file."""
     if isinstance(source, bytes):
         return source
+    if isinstance(source, Slice):
+        return _read(source, source.size)
     if source.startswith("data:"):
         _, _, body = source.partition(",")
         try:
@@ -154,26 +156,47 @@ def _unreadable(path: str, error: OSError) -> BadRow:
     return BadRow(f"cannot read image {path}: {error.strerror or error}")
 
 
+def _read(part: Slice, size: int) -> bytes:
+    """The first ``size`` bytes of ``part``; BadRow if its file ends before that."""
+    try:
+        file = os.open(part.file, os.O_RDONLY)
+        try:
+            data = os.pread(file, size, part.offset)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise _unreadable(part.file, error) from None
+    if len(data) < size:
+        raise BadRow(f"the shard ends inside {part.name or 'an image'}: truncated")
+    return data
+
+
 def _named(source: ImageRef) -> str:
+    if isinstance(source, Slice):
+        return source.name or os.path.basename(source.file)
     if isinstance(source, bytes) or source.startswith("data:"):
         return "the image held in the row"
     return os.path.basename(source)
 
 
-def _probe_file(path: str) -> tuple[int, int]:
-    try:
-        file = os.open(path, os.O_RDONLY)
+def _probe_file(source: str | Slice) -> tuple[int, int]:
+    if isinstance(source, Slice):
+        head = _read(source, min(_HEAD, source.size))
+    else:
+        path = _path(source)
         try:
-            head = os.read(file, _HEAD)
-        finally:
-            os.close(file)
-        size = _probe_head(head)
-        if size is None:  # another format, or a long EXIF block in front
-            data = load(path)
-            size = _probe_head(data) or _probe_pil(io.BytesIO(data))
-        return size
-    except OSError as error:
-        raise _unreadable(path, error) from None
+            file = os.open(path, os.O_RDONLY)
+            try:
+                head = os.read(file, _HEAD)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise _unreadable(path, error) from None
+    size = _probe_head(head)
+    if size is None:  # another format, or a long EXIF block in front
+        data = load(source)
+        size = _probe_head(data) or _probe_pil(io.BytesIO(data))
+    return size
 
 
 def _probe_head(data: bytes) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tessera.config.errors import UserError
-from tessera.contract.model import Geometry, MediaItem
+from tessera.contract.model import SEAM, Geometry, MediaItem
 from tessera.data.sample import BadRow, ImageRef, Message, Sample
 from tessera.data.template import CHATML, ChatTemplate
 from tessera.models.geometry import pad_mask
@@ -96,11 +96,10 @@ class Renderer:
         self, model_dir: str | Path, geometry: Geometry, system: str | None = None, loss_scale: str = "default"
     ) -> None:
         directory = Path(model_dir)
-        config = _read_json(directory / "tokenizer_config.json")
-        tokens = _special_tokens(config, directory)
+        tokens = special_tokens(directory)
         self.geometry = geometry
         self.tokenizer = _tokenizer(directory)
-        self.template = ChatTemplate(_template_source(directory, config, self.tokenizer), tokens)
+        self.template = ChatTemplate(_template_source(directory, self.tokenizer), tokens)
         self.system = system
         self.loss_scale = loss_scale
         eos = tokens.get("eos_token")
@@ -125,7 +124,7 @@ class Renderer:
         kept = sample.messages[:-1] if sample.answer is not None else sample.messages
         if not kept:
             raise BadRow("nothing to answer: the row holds an assistant turn only")
-        asked = Sample(kept, sample.images, sample.videos, sample.tools)
+        asked = replace(sample, messages=kept)
         messages, media, slots = self._filled(asked, images, videos)
         text = self.template.render(messages, asked.tools, generation_prompt=True)
         return self._complete([(text, 0.0)], media, slots)
@@ -169,7 +168,7 @@ class Renderer:
         pads = np.flatnonzero(pad_mask(encoded.tokens, self.geometry.pad_ids))
         extents, taken = [], 0
         for item in encoded.items:
-            lead, trail = self._pads[item.kind][1:]
+            lead, trail = self._around(self.geometry.text(item), self._pads[item.kind])
             count = sum(self.geometry.slots(item))
             extents.append((int(pads[taken]) - lead, int(pads[taken + count - 1]) + 1 + trail))
             taken += count
@@ -207,7 +206,10 @@ class Renderer:
             if medium is None:
                 raise BadRow(f"more <{match[1]}> tags than {match[1]}s")
             media.append(medium)
-            return self.geometry.text(medium.item)
+            text = self.geometry.text(medium.item)
+            # Rows write the newline behind an image, or leave it to us.
+            followed = match.string.startswith("\n", match.end())
+            return text[:-1] if followed and text.endswith("\n") else text
 
         messages: list[dict[str, Any]] = []
         for message in [*self._system(sample), *sample.messages]:
@@ -237,10 +239,12 @@ class Renderer:
         self, pieces: list[tuple[str, float]], media: tuple[Medium, ...], slots: tuple[int, ...], *, plain: bool = False
     ) -> Rendered:
         """The rendered sample, if the pads in its text are those of its media and no others."""
-        pieces = [piece for piece in pieces if piece[0]]
+        if plain:  # the tokenizer's own special tokens go around the whole
+            pieces = [(text.replace(SEAM, ""), weight) for text, weight in pieces]
+        pieces = [(part, weight) for text, weight in pieces for part in text.split(SEAM) if part]
         if not pieces:
             raise BadRow("the text is empty")
-        found = sum(text.count(pad) for text, _ in pieces for pad, _, _ in self._pads.values())
+        found = sum(text.count(pad) for text, _ in pieces for pad in self._pads.values())
         if found != len(slots):
             raise BadRow(f"the text holds {found} media pad tokens, its media need {len(slots)}")
         return Rendered(tuple(pieces), media, slots, plain)
@@ -265,8 +269,13 @@ class Renderer:
             ids.append(self.eos_id)
         return ids
 
-    def _pad(self, kind: str) -> tuple[str, int, int]:
-        """Text of a kind's pad token, and how many tokens its placeholder has before and behind it."""
+    def _around(self, text: str, pad: str) -> tuple[int, int]:
+        """How many tokens the text of a media item has before its first pad and behind its last one."""
+        before, behind = text.partition(pad)[0], text.rpartition(pad)[2].rstrip("\n")
+        return sum(len(self._short(part)) for part in before.split(SEAM) if part), len(self._short(behind))
+
+    def _pad(self, kind: str) -> str:
+        """Text of a kind's pad token."""
         pad = self.geometry.pad_ids[kind]
         text = self.tokenizer.id_to_token(pad)
         ids = self.tokenizer.encode(self.geometry.placeholder[kind], add_special_tokens=False).ids
@@ -275,7 +284,7 @@ class Renderer:
                 f"the tokenizer does not print {self.geometry.placeholder[kind]!r} with token {pad} in it: "
                 f"tokenizer and config.json of the model disagree about the {kind} token"
             )
-        return text, ids.index(pad), len(ids) - 1 - ids.index(pad)
+        return text
 
 
 def _runs(names: Sequence[str | None]) -> Iterator[tuple[int, int]]:
@@ -297,24 +306,34 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _special_tokens(config: dict[str, Any], directory: Path) -> dict[str, str]:
+def special_tokens(directory: Path) -> dict[str, str]:
     """``bos_token``, ``eos_token`` ... as text, from the tokenizer's config files."""
-    merged = {**_read_json(directory / "special_tokens_map.json"), **config}
+    files = ("special_tokens_map.json", "tokenizer_config.json")
+    merged = {key: value for file in files for key, value in _read_json(directory / file).items()}
     named = {name: value for name, value in merged.items() if name.endswith("_token")}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _template_source(directory: Path, config: dict[str, Any], tokenizer: Tokenizer) -> str:
-    """The chat template's jinja source, wherever the checkpoint keeps it."""
+def stored_template(directory: Path) -> str | None:
+    """The chat template's jinja source, wherever the checkpoint in ``directory`` keeps it; None if it has none."""
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    for held in (_read_json(directory / "chat_template.json").get("chat_template"), config.get("chat_template")):
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        held = _read_json(directory / name).get("chat_template")
         if isinstance(held, list):  # several named templates
             held = next((entry["template"] for entry in held if entry.get("name") == "default"), None)
         if isinstance(held, str):
             return held
+    return None
+
+
+def _template_source(directory: Path, tokenizer: Tokenizer) -> str:
+    """The chat template of the checkpoint, or ChatML where its tokens suggest that."""
+    stored = stored_template(directory)
+    if stored is not None:
+        return stored
     if tokenizer.token_to_id("<|im_start|>") is not None and tokenizer.token_to_id("<|im_end|>") is not None:
         return CHATML
     raise UserError(f"{directory} has no chat template: put a chat_template.jinja there")
@@ -331,10 +350,15 @@ def _tokenizer(directory: Path) -> Tokenizer:
         except Exception as error:  # noqa: BLE001 - the library raises bare Exception
             raise UserError(f"{file} cannot be read as a tokenizer: {error}") from None
     else:
-        from transformers import AutoTokenizer
+        import transformers
 
+        # Asked for by its class, a tokenizer does not look at config.json, which may name code that nobody runs here.
+        named = _read_json(directory / "tokenizer_config.json").get("tokenizer_class")
+        kind = str(named) if named in transformers.__all__ else "AutoTokenizer"
         try:
-            tokenizer = AutoTokenizer.from_pretrained(directory).backend_tokenizer
+            tokenizer = (
+                getattr(transformers, kind).from_pretrained(directory, trust_remote_code=False).backend_tokenizer
+            )
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{directory} holds no usable tokenizer (tokenizer.json): {error}") from None
     tokenizer.no_padding()

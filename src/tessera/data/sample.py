@@ -13,7 +13,7 @@ Datasets spell the same conversation in many ways. :func:`normalise` reads each 
 | ``{"problem": p, "solution": s}`` and other spellings | user p, assistant s; see ``QUERY`` and ``RESPONSE`` below |
 | ``{"text": t}``, or an assistant message alone | plain text, trained from its second token (pre-training) |
 | ``"images": ["a.jpg", {"bytes": ...}, "data:image/..."]`` | one per ``<image>`` tag; missing tags are put in front |
-| ``"videos": [["f0.jpg", "f1.jpg"]]`` | a video as a list of frames, one per ``<video>`` tag |
+| ``"videos": [["f0.jpg", "f1.jpg"]]``, ``"fps": [2.0]`` | a video as a list of frames, one per ``<video>`` tag |
 | content ``[{"type": "text"}, {"type": "image_url"}, {"type": "video"}]`` | OpenAI parts, in place |
 | ``"tools"`` with ``tool_calls``, ``tool_use``, ``tool_call`` messages | through the checkpoint's chat template |
 | message keys ``"loss": bool``, ``"loss_scale": float`` | what this assistant turn counts: 0, 1 or a weight |
@@ -28,11 +28,25 @@ import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-ImageRef = str | bytes
-"""A path, a ``data:`` URI, or the bytes of an image file."""
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Bytes ``[offset, offset + size)`` of ``file``: a member of an archive that is read where it lies.
+
+    ``name`` is what the member is called there; it says nothing about the bytes, so equality ignores it.
+    """
+
+    file: str
+    offset: int
+    size: int
+    name: str = field(default="", compare=False)
+
+
+ImageRef = str | bytes | Slice
+"""A path, a ``data:`` URI, the bytes of an image file, or where they lie in another file."""
 
 QUERY = ("query", "prompt", "input", "instruction", "question", "problem")
 RESPONSE = (
@@ -94,12 +108,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A conversation in normal form; ``images`` and ``videos`` are in the order of their tags."""
+    """A conversation in normal form; ``images`` and ``videos`` are in the order of their tags.
+
+    ``fps`` is the frames per second of each video, empty where the row does not say.
+    """
 
     messages: tuple[Message, ...]
     images: tuple[ImageRef, ...] = ()
     videos: tuple[tuple[ImageRef, ...], ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    fps: tuple[float, ...] = ()
 
     @property
     def answer(self) -> str | None:
@@ -113,15 +131,24 @@ class Sample:
         return all(message.role == "assistant" for message in self.messages)
 
 
-def normalise(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, *, need_answer: bool = True) -> Sample:
-    """The :class:`Sample` in ``row``; BadRow says why there is none. ``need_answer``: it must end with an answer."""
+def normalise(
+    row: Mapping[str, Any],
+    columns: Mapping[str, str] | None = None,
+    *,
+    need_answer: bool = True,
+    exact_tags: bool = False,
+) -> Sample:
+    """The :class:`Sample` in ``row``; BadRow says why there is none. ``need_answer``: it must end with an answer.
+
+    With ``exact_tags`` a row that has tags must have one for every image and video; else missing ones are put in front.
+    """
     if not isinstance(row, dict):
         raise BadRow(f"a row must be an object, not {type(row).__name__}")
     fields = _fields(row, columns or {})
     for name, reason in _LATER.items():
         if fields.get(name):
             raise BadRow(reason)
-    media = _Media()
+    media = _Media(exact_tags)
     messages = _merged(_messages(fields, media))
     _check(messages, need_answer)
     return media.sample(messages, fields)
@@ -295,8 +322,9 @@ def _check(messages: list[Message], need_answer: bool) -> None:
 class _Media:
     """Collects the media of one row in the order of their tags; None stands for "the next one of the column"."""
 
-    def __init__(self) -> None:
+    def __init__(self, exact: bool = False) -> None:
         self.found: dict[str, list[Any]] = {"image": [], "video": []}
+        self.exact = exact
 
     def scan(self, text: str) -> str:
         """Note the tags in ``text``; ``<img>path</img>`` becomes a tag."""
@@ -339,7 +367,7 @@ class _Media:
         images = self._dealt("image", _images(fields.get("images", fields.get("image"))), messages)
         videos = self._dealt("video", _videos(fields.get("videos", fields.get("video"))), messages)
         tools = tuple(_object(tool, "tools") for tool in _list(fields["tools"], "tools")) if "tools" in fields else ()
-        return Sample(tuple(messages), tuple(images), tuple(videos), tools)
+        return Sample(tuple(messages), tuple(images), tuple(videos), tools, _fps(fields.get("fps"), len(videos)))
 
     def _dealt(self, kind: str, column: list[Any], messages: list[Message]) -> list[Any]:
         """One source per tag of ``kind``, in order; tags that are missing are put before the first message."""
@@ -347,6 +375,8 @@ class _Media:
         if tags or column:
             spare = len(column) - tags.count(None)
             if spare < 0:
+                raise BadRow(f"{tags.count(None)} <{kind}> tags but {len(column)} {kind}s")
+            if spare and tags and self.exact:
                 raise BadRow(f"{tags.count(None)} <{kind}> tags but {len(column)} {kind}s")
             if spare:
                 first = next(i for i, message in enumerate(messages) if message.role != "system")
@@ -368,7 +398,7 @@ def _images(value: Any) -> list[ImageRef]:
 
 
 def _image(value: Any) -> ImageRef:
-    if isinstance(value, str | bytes) and value:
+    if isinstance(value, str | bytes | Slice) and value:
         return value
     if isinstance(value, Mapping):
         inner = value.get("bytes") or value.get("path") or value.get("url")
@@ -392,6 +422,22 @@ def _video(value: Any) -> tuple[ImageRef, ...]:
     if not value:
         raise BadRow("a video has no frames")
     return tuple(_image(frame) for frame in value)
+
+
+def _fps(value: Any, videos: int) -> tuple[float, ...]:
+    """The ``fps`` column: one number, or one per video."""
+    if value is None or not videos:
+        return ()
+    numbers = list(value) if isinstance(value, list | tuple) else [value] * videos
+    if len(numbers) != videos:
+        raise BadRow(f"{len(numbers)} entries in fps but {videos} videos")
+    try:
+        rates = tuple(float(number) for number in numbers)
+    except (TypeError, ValueError):
+        raise BadRow(f"fps must be numbers, not {value!r}") from None
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise BadRow(f"fps must be positive, not {value!r}")
+    return rates
 
 
 def _list(value: Any, what: str) -> list[Any]:

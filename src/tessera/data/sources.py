@@ -4,8 +4,10 @@
 
 At every step the whole text is first tried as a path, so a file may contain ``#`` and ``:``; only then ``#N`` is cut
 off from the right, then ``:subset`` from the left. A path is a file (jsonl, json, csv, parquet, txt) or a directory:
-one that HF ``datasets`` saved (its splits are subsets), or any directory of such files. Everything else is the id of a
-dataset on a hub, opened through the library ``datasets``.
+one that HF ``datasets`` saved (its splits are subsets), a folder of WebDataset shards, as it is or as Energon prepares
+it (its split parts are subsets; ``train`` unless named, ``val`` for ``--val_dataset``), or any directory of such files.
+A YAML file is a metadataset: several datasets with weights. Everything else is the id of a dataset on a hub, opened
+through the library ``datasets``.
 
 ``#N`` draws N rows without replacement with the run's ``data_seed``; more than there are repeats the whole set.
 ``--split_dataset_ratio`` takes the validation rows from the full set first, so training rows never overlap them.
@@ -25,10 +27,21 @@ from typing import Any
 import numpy as np
 
 from tessera.config.errors import UserError
+from tessera.data.shards.folder import SHARD, holds_shards, open_folder, open_plain, prepared, shards_below
+from tessera.data.shards.metadataset import is_metadataset, open_blend
 from tessera.data.tables import Joined, Rows, Table, open_file, open_saved
 
 _FILES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
-_SIDECARS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "args.json", "README.txt")
+_MORE = (".tar", ".yaml", ".yml")
+_SIDECARS = (
+    "dataset_infos.json",
+    "dataset_info.json",
+    "dataset_dict.json",
+    "state.json",
+    "args.json",
+    "README.txt",
+    "skipped.jsonl",
+)
 _OCR = "Using LaTeX to perform OCR on the image."
 
 
@@ -79,13 +92,38 @@ def parse_dataset_spec(text: str) -> DatasetSpec:
     return DatasetSpec(text, rest, subsets, sample, hub)
 
 
-def open_rows(spec: DatasetSpec) -> Rows:
-    """The rows a spec names, before sampling."""
+def leaves(spec: DatasetSpec, part: str = "train") -> list[tuple[Rows, float | None]]:
+    """The datasets a spec names, none of them empty, with the rows of each in an epoch where they are blended.
+
+    ``part`` is the split part of prepared folders and metadatasets that is meant where the spec names none.
+    """
+    path = Path(spec.name).expanduser()
+    found: list[tuple[Rows, float | None]] = []
+    if spec.hub is None and path.is_file() and is_metadataset(path):
+        if len(spec.subsets) > 1:
+            raise UserError(f"--dataset {spec.text}: a metadataset is read one split at a time")
+        blend = open_blend(path, spec.subsets[0] if spec.subsets else part, open_file)
+        epoch = sum(leaf.share for leaf in blend)
+        scale = spec.sample / epoch if spec.sample and epoch else 1.0
+        found += [(leaf.rows, leaf.share * scale) for leaf in blend]
+    else:
+        found.append((open_rows(spec, part), None))
+    if not found or not all(len(rows) for rows, _ in found):
+        name = next((f" {rows.name}" for rows, _ in found if rows.name != spec.name), "")
+        raise UserError(f"--dataset {spec.text}: the dataset{name} is empty")
+    return found
+
+
+def open_rows(spec: DatasetSpec, part: str = "train") -> Rows:
+    """The rows a spec names, before sampling; ``part`` is the split part of a prepared folder if it names none."""
     path = Path(spec.name).expanduser()
     if spec.hub is None and path.is_file():
         if spec.subsets:
             raise UserError(f"--dataset {spec.text}: the file {path} has no subsets")
-        return open_file(path)
+        return open_plain(path, f"--dataset {spec.text}") if path.suffix == SHARD else open_file(path)
+    if spec.hub is None and path.is_dir() and holds_shards(path):
+        if prepared(path) is not None or not spec.subsets:
+            return open_folder(path, spec.subsets, f"--dataset {spec.text}", part)
     if spec.hub is None and path.is_dir():
         rows, known = _directory(path, spec), KNOWN.get("/".join(path.parts[-2:]))
         return Asked(rows, known.query) if known else rows
@@ -125,7 +163,7 @@ def split_rows(
 
 
 def _meant_as_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.endswith(_FILES) or name.count("/") > 1
+    return name.startswith((".", "/", "~")) or name.endswith((*_FILES, *_MORE)) or name.count("/") > 1
 
 
 def _directory(path: Path, spec: DatasetSpec) -> Rows:
@@ -142,8 +180,10 @@ def _directory(path: Path, spec: DatasetSpec) -> Rows:
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _FILES and f.name not in _SIDECARS)
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     structured = [file for file in files if file.suffix.lower() != ".txt"]
+    if not structured and shards_below(path):
+        return open_plain(path, f"--dataset {spec.text}")
     if not files:
-        raise UserError(f"--dataset {spec.text}: no .jsonl, .json, .csv, .parquet or .txt file in {path}")
+        raise UserError(f"--dataset {spec.text}: no .tar, .jsonl, .json, .csv, .parquet or .txt file in {path}")
     parts = [open_file(file) for file in structured or files]
     return parts[0] if len(parts) == 1 else Joined(str(path), parts)
 

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -40,6 +40,20 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row ``index``; BadRow if this one cannot be read."""
         ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """Rows that can say where one of them lies, in words: an archive and a key in it."""
+
+    def place(self, index: int) -> str:
+        """The place of row ``index``, empty if there is nothing to say."""
+        ...
+
+
+def place_of(rows: Rows, index: int) -> str:
+    """Where row ``index`` lies, beyond its number; empty where the number says it all."""
+    return rows.place(index) if isinstance(rows, Placed) else ""
 
 
 class Lines:
@@ -153,8 +167,16 @@ class Joined:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        rows, inside = self._part(index)
+        return rows[inside]
+
+    def place(self, index: int) -> str:
+        """Where the part's row lies."""
+        return place_of(*self._part(index))
+
+    def _part(self, index: int) -> tuple[Rows, int]:
         at = bisect_right(self._ends, index)
-        return self._parts[at][index - (self._ends[at - 1] if at else 0)]
+        return self._parts[at], index - (self._ends[at - 1] if at else 0)
 
 
 def open_file(path: Path) -> Rows:

@@ -27,6 +27,7 @@ from torch import Tensor
 from tessera.contract.batch import Batch
 from tessera.infer.sampling import Sampler, Sampling
 from tessera.models.decoder import KVCache
+from tessera.models.families import text_config
 
 OPEN_ENDED = 2048
 """Most tokens of an answer where nobody set a limit: a model that never stops should not run until its memory ends."""
@@ -79,7 +80,7 @@ def stop_ids(*sources: Mapping[str, Any]) -> frozenset[int]:
 
 def max_positions(config: Mapping[str, Any]) -> int:
     """Longest sequence of the model that a parsed ``config.json`` describes."""
-    text = config.get("text_config", config)
+    text = text_config(config)
     return int(text.get("max_position_embeddings") or config.get("max_position_embeddings") or 2**31)
 
 

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from tessera.config.errors import UserError
+from tessera.data.media import load
 from tessera.data.sample import QUERY, RESPONSE, ImageRef, Sample
 
 RULE = "-" * 50
@@ -65,9 +66,9 @@ def result_row(row: Mapping[str, Any], prompt: Sample, labels: str | None, respo
 
 
 def _reference(image: ImageRef) -> str:
-    """An absolute path, a URI as it is; bytes as a ``data:`` URI, so that the row can be read back from anywhere."""
-    if isinstance(image, bytes):
-        return "data:image;base64," + base64.b64encode(image).decode("ascii")
+    """An absolute path, a URI as it is; else a ``data:`` URI, so that the row can be read back from anywhere."""
+    if not isinstance(image, str):
+        return "data:image;base64," + base64.b64encode(load(image)).decode("ascii")
     return image if image.startswith(("data:", "file:")) else os.path.abspath(image)
 
 
@@ -116,12 +117,16 @@ class Results:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one result row."""
-        assert self._file is not None
-        self._file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        self._file.flush()
-        self.rows += 1
+        self.put(row)
         if row["labels"] is not None:
             self.hits.append(matches(row["response"], row["labels"]))
+
+    def put(self, line: Mapping[str, Any]) -> None:
+        """Append ``line`` as it is, and count it as one answered row."""
+        assert self._file is not None
+        self._file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+        self._file.flush()
+        self.rows += 1
 
     @property
     def exact_match(self) -> float | None:

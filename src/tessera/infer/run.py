@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,12 +31,17 @@ from tessera.config.errors import UserError
 from tessera.config.run import DataArgs, Run
 from tessera.data.corpus import Chosen, Skips, select
 from tessera.data.sample import BadRow
+from tessera.data.tables import place_of
 from tessera.infer.chat import Chat
 from tessera.infer.results import RULE, Results, result_file, result_row, shown, summary
 from tessera.infer.session import Question, Reply, Session
+from tessera.infer.tasks import TaskResults, TaskRows, output_file
 
 WINDOW = 4
 """Batches that are sorted by length together."""
+
+TASK_TOKENS = 128
+"""Most tokens of an answer to a benchmark's question, if nothing else is asked for."""
 
 
 def main(run: Run, *, source: TextIO | None = None, sink: TextIO | None = None) -> Path | None:
@@ -45,6 +50,8 @@ def main(run: Run, *, source: TextIO | None = None, sink: TextIO | None = None) 
     ``source`` and ``sink`` default to the console.
     """
     source, sink = source or sys.stdin, sink or sys.stdout
+    if run.infer.task is not None:
+        return answer_task(run, sink)
     over_rows = bool(run.data.dataset or run.data.val_dataset)
     if run.data.load_data_args and not over_rows:
         raise UserError(
@@ -55,12 +62,10 @@ def main(run: Run, *, source: TextIO | None = None, sink: TextIO | None = None) 
     chosen = rows_of(run.data) if over_rows else []
     path = result_file(run.infer.result_path, result_home(run)) if over_rows else None
     if run.dry_run:
-        total = sum(len(indices) for _, indices in chosen)
+        total = sum(len(part.indices) for part in chosen)
         sink.write(f"would answer {total} rows into {path}\n" if path else "would start a conversation\n")
         return path
-    session = Session.open(run)
-    for note in session.notes:
-        sink.write(f"note: {note}\n")
+    session = _session(run, sink)
     if path is None:
         types, stream = source.isatty(), run.infer.stream is not False
         Chat(_Turn(session, count(run.train.seed)), source, sink, stream=stream, types=types).run()
@@ -72,10 +77,42 @@ def main(run: Run, *, source: TextIO | None = None, sink: TextIO | None = None) 
     return path
 
 
+def answer_task(run: Run, sink: TextIO) -> Path:
+    """Answer the questions of a benchmark; the file of answers."""
+    asked = run.infer
+    assert asked.task is not None and asked.input_image_path and asked.output_path, "checked by config.resolve"
+    images, truths = (
+        Path(asked.input_image_path).expanduser(),
+        Path(asked.gt_path).expanduser() if asked.gt_path else None,
+    )
+    part, parts = asked.partition_id, asked.num_partitions
+    rows = TaskRows(asked.task, images, truths, part=part, parts=parts, size=asked.num_samples_per_partition)
+    path = output_file(asked.output_path, asked.task, 0, part)
+    if path.exists():
+        raise UserError(f"--output_path: {path} exists already; answers are never overwritten, choose a new name")
+    if run.dry_run:
+        sink.write(f"would answer {len(rows)} questions into {path}\n")
+        return path
+    run = replace(run, infer=replace(asked, max_new_tokens=asked.max_new_tokens or TASK_TOKENS))
+    session = _session(run, sink)
+    with TaskResults(path, rows) as results:
+        closing = answer_rows(session, [Chosen(rows, np.arange(len(rows)))], results, sink, run)
+    sink.write(f"{closing}\nanswers in {path}\n")
+    sink.flush()
+    return path
+
+
+def _session(run: Run, sink: TextIO) -> Session:
+    session = Session.open(run)
+    for note in session.notes:
+        sink.write(f"note: {note}\n")
+    return session
+
+
 def rows_of(data: DataArgs) -> list[Chosen]:
     """The rows to answer: the validation rows if ``data`` has any, else all of ``--dataset`` in the file's order."""
     train, held = select(data)
-    return held or [(rows, np.sort(indices)) for rows, indices in train]
+    return held or [Chosen(chosen.rows, np.sort(chosen.indices)) for chosen in train]
 
 
 def result_home(run: Run) -> Path:
@@ -132,7 +169,7 @@ def _windows(session: Session, chosen: Sequence[Chosen], skips: Skips, run: Run,
         except BadRow as error:
             if run.data.strict:
                 raise UserError(f"--strict true: row {index} of {rows.name}: {error}") from None
-            skips.add(rows.name, index, str(error))
+            skips.add(rows.name, index, str(error), place_of(rows, index))
             continue
         window.append(_Item(question, rows.name, index))
         if len(window) == size:
@@ -148,7 +185,7 @@ def _seed(seed: int, number: int) -> int:
 
 
 def _listed(chosen: Sequence[Chosen], limit: int | None) -> Iterator[tuple[Any, int]]:
-    listed = ((rows, int(index)) for rows, indices in chosen for index in indices)
+    listed = ((part.rows, int(index)) for part in chosen for index in part.indices)
     return (pair for _, pair in zip(range(limit), listed, strict=False)) if limit is not None else listed
 
 

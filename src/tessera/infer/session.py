@@ -34,6 +34,7 @@ from tessera.data.sample import BadRow, Sample
 from tessera.infer.detokenise import Detokeniser
 from tessera.infer.generate import OPEN_ENDED, Answer, Generator, Limits, max_positions, stop_ids
 from tessera.infer.sampling import Sampling
+from tessera.models.families import text_config
 from tessera.models.vlm import VLM
 
 DECODERS = 8
@@ -231,7 +232,7 @@ def encoder_of(run: Run, source: door.Source) -> Encoder:
 
 def _limits(run: Run, source: door.Source, renderer: Renderer, defaults: Mapping[str, Any]) -> Limits:
     ends = {renderer.eos_id, *(renderer.tokenizer.token_to_id(token) for token in END_OF_TURN)}
-    stops = stop_ids(defaults, source.config, source.config.get("text_config") or {})
+    stops = stop_ids(defaults, source.config, text_config(source.config))
     return Limits(
         stop_ids=stops | {end for end in ends if end is not None},
         max_new_tokens=run.infer.max_new_tokens or OPEN_ENDED,

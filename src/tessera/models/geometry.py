@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,6 +121,7 @@ class PatchGeometry:
     tokens_per_second: float = 1.0
     fps: float = 2.0
     resample: str = "bicubic"
+    resize: str = "torch"
     placeholder: Mapping[str, str] = field(
         default_factory=lambda: {
             "image": "<|vision_start|><|image_pad|><|vision_end|>",
@@ -149,8 +151,11 @@ class PatchGeometry:
         max_pixels: int | None = None,
         video_max_pixels: int | None = None,
         fps: float | None = None,
+        max_tiles: int | None = None,
+        tiling: bool | None = None,
     ) -> PatchGeometry:
         """This geometry under the user's limits (None keeps one). Areas count in whole tokens of this family."""
+        refuse_tiles(max_tiles, tiling)
 
         def whole(pixels: int | None, kept: int) -> int:
             area = self.factor * self.factor
@@ -170,6 +175,16 @@ class PatchGeometry:
             video_max_pixels=frame,
             fps=self.fps if fps is None else fps,
         )
+
+    def stored(self, file: str, held: Mapping[str, Any]) -> Mapping[str, Any]:
+        """``held`` with the pixel limits of an image, under the names it has them already."""
+        if file == "config.json":
+            return held
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        known = {key: value for key, value in limits.items() if key in held}
+        if not held.get("size"):
+            return {**held, **(known or limits)}
+        return {**held, "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}, **known}
 
     def resized(self, height: int, width: int, frames: int = 1) -> tuple[int, int]:
         """(height, width) in pixels after the resize rule; more than one frame means the limits of a video."""
@@ -315,6 +330,7 @@ class TextGeometry:
     merge_size: int = 1
     normalisation: Normalisation = field(default_factory=lambda: Normalisation(mean=(), std=()))
     resample: str = "bicubic"
+    resize: str = "torch"
     placeholder: Mapping[str, str] = field(default_factory=dict)
     pad_ids: Mapping[str, int] = field(default_factory=dict)
 
@@ -324,9 +340,15 @@ class TextGeometry:
         max_pixels: int | None = None,
         video_max_pixels: int | None = None,
         fps: float | None = None,
+        max_tiles: int | None = None,
+        tiling: bool | None = None,
     ) -> TextGeometry:
         """Itself: there is nothing that pixel limits could limit."""
         return self
+
+    def stored(self, file: str, held: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Unchanged."""
+        return held
 
     def resized(self, height: int, width: int, frames: int = 1) -> tuple[int, int]:
         raise UserError("this model takes text only: choose a vision-language model or a dataset without images")
@@ -353,6 +375,13 @@ class TextGeometry:
 
     def minimal_grid(self) -> Grid:
         raise AssertionError("a text-only model has no tower")
+
+
+def refuse_tiles(max_tiles: int | None, tiling: bool | None) -> None:
+    """UserError if a model that takes images as they are is told how to cut them into tiles."""
+    asked = f"--max_num {max_tiles}" if max_tiles is not None else f"--use_tiling {str(tiling).lower()}"
+    if max_tiles is not None or tiling is not None:
+        raise UserError(f"{asked}: this model does not cut images into tiles; limit their size by --max_pixels")
 
 
 def pad_mask(tokens: np.ndarray, pad_ids: Mapping[str, int]) -> np.ndarray:

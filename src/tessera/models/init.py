@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tessera.contract.model import HFConfig
 from tessera.contract.plan import within
-from tessera.models.families.common import text_config
+from tessera.models.families import text_config
 
 DECODER = ("model.language_model", "model.embed_tokens", "model.layers", "model.norm", "lm_head")
 """Names of a decoder and its head, with and without a tower beside it."""
@@ -27,11 +27,8 @@ def init_weights(
     Matrices are normal with the config's ``initializer_range`` (the tower's own inside it), norms one, biases and
     buffers zero.
     """
-    text_std = text_config(config).get("initializer_range", 0.02)
-    tower_std = config.get("vision_config", {}).get("initializer_range", text_std)
     for name, parameter in list(module.named_parameters()):
-        std = text_std if within(DECODER, name) else tower_std
-        value = _drawn(name, tuple(parameter.shape), std, seed).to(device, dtype)
+        value = drawn(name, tuple(parameter.shape), config, seed).to(device, dtype)
         prefix, _, leaf = name.rpartition(".")
         owner = module.get_submodule(prefix)
         owner.register_parameter(leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
@@ -41,9 +38,12 @@ def init_weights(
     return module
 
 
-def _drawn(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    """Initial float32 values of one tensor."""
+def drawn(name: str, shape: tuple[int, ...], config: HFConfig, seed: int) -> Tensor:
+    """Initial float32 values of the parameter ``name``, as :func:`init_weights` draws them."""
     if len(shape) <= 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    text_std = text_config(config).get("initializer_range", 0.02)
+    tower_std = config.get("vision_config", {}).get("initializer_range", text_std)
+    std = text_std if within(DECODER, name) else tower_std
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed & 0xFFFFFFFF) | (seed >> 32 << 32))
     return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -29,7 +29,8 @@ class RopeConfig:
     """Base period ``theta``, m-RoPE ``sections`` (empty: one position per token) and the rule that scales frequencies.
 
     ``partial`` is the share of a head, its first dimensions, that is turned at all.
-    ``scaling`` is the checkpoint's ``rope_scaling`` / ``rope_parameters`` dictionary; ``kind`` its ``rope_type``.
+    ``scaling`` is the checkpoint's ``rope_scaling`` / ``rope_parameters`` dictionary; ``kind`` its ``rope_type``. Of
+    ``dynamic`` there is only the part within ``max_position_embeddings``, where nothing is scaled.
     """
 
     theta: float
@@ -46,14 +47,14 @@ def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
     plain = 1.0 / (config.theta**exponents)
     scaling = config.scaling or {}
-    if config.kind == "default":
+    if config.kind in ("default", "dynamic"):  # "dynamic" changes nothing within max_position_embeddings
         return plain
     if config.kind == "linear":
         return plain / scaling["factor"]
     if config.kind == "llama3":
         return _llama3(plain, scaling)
     raise UserError(
-        f"config.json: rope_type {config.kind!r} is not supported (default, linear, llama3); "
+        f"config.json: rope_type {config.kind!r} is not supported (default, linear, llama3, dynamic); "
         "remove the rope scaling from config.json to train within the original context length"
     )
 

@@ -10,12 +10,16 @@ tile. Each tile is a sequence of its own, led by a learned *class token* that is
 An item's grid is (tiles, patches down, patches across). Its patches come in block-major order, in which the patches of
 one decoder token are neighbours (``models/geometry.py``); positions are looked up, so the order costs nothing, and
 what others call pixel shuffle is here a change of shape. Parameters carry transformers' names.
+
+Some models write a *tag* in front of each tile's features, so that the decoder knows which part of the image follows:
+plain text, ``<tile_1>``, ``<tile_2>``, ..., and another for the thumbnail (:class:`TaggedGeometry`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +28,7 @@ from torch import Tensor, nn
 
 from tessera.config.errors import UserError
 from tessera.contract.batch import Grid, Media, Normalisation, Segments
-from tessera.contract.model import MediaItem
+from tessera.contract.model import SEAM, MediaItem
 from tessera.models.attention import Layout, attend, plan
 from tessera.models.decoder import Decoder
 from tessera.models.geometry import MAX_ASPECT, block_major
@@ -53,9 +57,22 @@ def arrangement(height: int, width: int, side: int, fewest: int, most: int) -> t
     return best
 
 
+@dataclass(frozen=True, slots=True)
+class Switches:
+    """Where a checkpoint keeps how images are cut: a ``file``, and what least, most and whether are called there."""
+
+    file: str = "preprocessor_config.json"
+    fewest: str = "min_patches"
+    most: str = "max_patches"
+    cut: str = "crop_to_patches"
+
+
 @dataclass(slots=True)
 class TiledGeometry:
-    """Geometry of a tower of ``side``-pixel tiles; images only. ``behind`` follows a placeholder in the text."""
+    """Geometry of a tower of ``side``-pixel tiles; images only. ``behind`` follows a placeholder in the text.
+
+    Images are ``cut`` into ``fewest`` to ``most`` tiles, and a thumbnail is not one of these.
+    """
 
     patch_size: int
     merge_size: int
@@ -69,6 +86,9 @@ class TiledGeometry:
     thumbnail: bool = True
     temporal_patch_size: int = 1
     resample: str = "bicubic"
+    resize: str = "torch"
+    cut: bool = True
+    switches: Switches = Switches()
 
     def limited(
         self,
@@ -76,16 +96,32 @@ class TiledGeometry:
         max_pixels: int | None = None,
         video_max_pixels: int | None = None,
         fps: float | None = None,
+        max_tiles: int | None = None,
+        tiling: bool | None = None,
     ) -> TiledGeometry:
-        """This geometry under the user's limits, which count in whole tiles here."""
+        """This geometry under the user's limits, which count in whole tiles here; the narrower of two holds.
+
+        ``max_tiles`` may be more than the checkpoint's own, and means that images are cut.
+        """
 
         def tiles(pixels: int | None, kept: int) -> int:
             return kept if pixels is None else max(pixels // self.side**2, 1)
 
-        fewest, most = tiles(min_pixels, self.fewest), tiles(max_pixels, self.most)
+        fewest, most = tiles(min_pixels, self.fewest), tiles(max_pixels, max_tiles or self.most)
+        if max_tiles is not None:
+            most = min(most, max_tiles)
         if min_pixels is not None and fewest > most:
-            raise UserError(f"MIN_PIXELS means {fewest} tiles, MAX_PIXELS {most}: raise MAX_PIXELS or lower MIN_PIXELS")
-        return replace(self, fewest=min(fewest, most), most=most)
+            asked = f"MAX_PIXELS {most}" if max_tiles is None else f"at most {most} are allowed"
+            raise UserError(f"MIN_PIXELS means {fewest} tiles, {asked}: raise the upper limit or lower MIN_PIXELS")
+        cut = self.cut or max_tiles is not None if tiling is None else tiling
+        return replace(self, fewest=min(fewest, most), most=most, cut=cut)
+
+    def stored(self, file: str, held: Mapping[str, Any]) -> Mapping[str, Any]:
+        """``held`` with how images are cut, if this file is where the checkpoint keeps that."""
+        names = self.switches
+        if file != names.file:
+            return held
+        return {**held, names.fewest: self.fewest, names.most: self.most, names.cut: self.cut}
 
     def resized(self, height: int, width: int, frames: int = 1) -> tuple[int, int]:
         """(height, width) in pixels of the canvas that is cut into tiles."""
@@ -97,7 +133,8 @@ class TiledGeometry:
             raise UserError("this model takes images only: choose another model or a dataset without videos")
         if min(height, width) <= 0 or max(height, width) / min(height, width) > MAX_ASPECT:
             raise UserError(f"an image of {width}x{height} pixels cannot be cut into tiles: its sides differ too much")
-        rows, columns = arrangement(height, width, self.side, self.fewest, self.most)
+        fewest, most = (self.fewest, self.most) if self.cut else (1, 1)
+        rows, columns = arrangement(height, width, self.side, fewest, most)
         whole = (rows * self.side, columns * self.side)
         return (whole, (self.side, self.side)) if self.thumbnail and rows * columns > 1 else (whole,)
 
@@ -134,9 +171,44 @@ class TiledGeometry:
         return 1, self.merge_size, self.merge_size
 
 
+PLAIN_TAGS = 6
+"""Tags are numbered without a leading zero up to here."""
+
+
+@dataclass(slots=True)
+class TaggedGeometry(TiledGeometry):
+    """A :class:`TiledGeometry` that writes a tag in front of every tile; ``pad`` is the text of the pad token.
+
+    Each tag is text of its own for the tokenizer: next to other text it would have other tokens.
+    """
+
+    pad: str = "<image>"
+    last: str = "<tile_global_thumbnail>"
+
+    def tags(self, tiles: int) -> tuple[str, ...]:
+        """What stands in front of each of so many tiles; the last one's is the thumbnail's, even if it is the only."""
+        if self.cut and self.most > PLAIN_TAGS:
+            return (*(f"<tile_{number:02d}>" for number in range(1, tiles)), f"{self.last[:-1]}0>")
+        return (*(f"<tile_{number}>" for number in range(1, tiles)), self.last)
+
+    def text(self, item: MediaItem) -> str:
+        """The placeholder with a tagged pad for each tile."""
+        front, _, back = self.placeholder[item.kind].partition(self.pad)
+        return front + SEAM + "".join(tag + self.pad for tag in self.tags(item.grid[0])) + back + self.behind
+
+    def slots(self, item: MediaItem) -> tuple[int, ...]:
+        """Decoder tokens of each tile."""
+        tiles, down, across = item.grid
+        return (down * across // self.merge_size**2,) * tiles
+
+
 @dataclass(frozen=True, slots=True)
 class TiledConfig:
-    """Sizes and options of the tower; ``norm(size)`` makes its norms, ``merge`` is the side of a decoder token."""
+    """Sizes and options of the tower; ``norm(size)`` makes its norms, ``merge`` is the side of a decoder token.
+
+    ``dummies`` are heads beyond ``heads``, which some checkpoints have so that their number divides well. Norms over
+    all heads look at the real ones only; a checkpoint's dummies are all zero, and stay so.
+    """
 
     depth: int
     hidden: int
@@ -153,6 +225,23 @@ class TiledConfig:
     table: bool = True
     mask_token: bool = False
     channels: int = 3
+    qk_eps: float = 1e-6
+    dummies: int = 0
+
+
+class PaddedNorm(nn.Module):
+    """RMSNorm of ``[..., width]`` by the first ``size`` entries, which are all that counts of it."""
+
+    def __init__(self, width: int, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.size = size
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = (wide[..., : self.size].square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return (wide * scale).to(x.dtype) * self.weight.to(x.dtype)
 
 
 class TiledAttention(nn.Module):
@@ -160,14 +249,20 @@ class TiledAttention(nn.Module):
 
     def __init__(self, config: TiledConfig) -> None:
         super().__init__()
-        size = config.hidden
-        self.q_proj = nn.Linear(size, size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(size, size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(size, size, bias=config.qkv_bias)
-        self.projection_layer = nn.Linear(size, size)
-        self.q_norm = RMSNorm(size, 1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(size, 1e-6) if config.qk_norm else nn.Identity()
-        self.heads = config.heads
+        size, self.heads = config.hidden, config.heads + config.dummies
+        width = size // config.heads * self.heads
+        self.q_proj = nn.Linear(size, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(size, width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(size, width, bias=config.qkv_bias)
+        self.projection_layer = nn.Linear(width, size)
+
+        def norm() -> nn.Module:
+            if not config.qk_norm:
+                return nn.Identity()
+            return PaddedNorm(width, size, config.qk_eps) if config.dummies else RMSNorm(size, config.qk_eps)
+
+        self.q_norm = norm()
+        self.k_norm = norm()
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         parts = (self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x))
@@ -266,13 +361,13 @@ class TiledTower(nn.Module):
 
 
 class Projector(nn.Module):
-    """From merged patches ``[V, merge^2 * E]`` to the decoder's ``[V, H]``."""
+    """From merged patches ``[V, merge^2 * E]`` to the decoder's ``[V, H]``, over ``inner`` (H if not given)."""
 
-    def __init__(self, wide: int, out: int, act: Activation) -> None:
+    def __init__(self, wide: int, out: int, act: Activation, inner: int | None = None, bias: bool = True) -> None:
         super().__init__()
         self.layer_norm = nn.LayerNorm(wide)
-        self.linear_1 = nn.Linear(wide, out)
-        self.linear_2 = nn.Linear(out, out)
+        self.linear_1 = nn.Linear(wide, inner or out, bias=bias)
+        self.linear_2 = nn.Linear(inner or out, out, bias=bias)
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:

@@ -94,7 +94,8 @@ def peak_memory_gib() -> float:
 class RunLog:
     """The log of one run in ``run_dir``; see the module docstring.
 
-    ``report_to`` names the extra places, ``tensorboard`` and ``wandb``. ``resumed_step`` is the step of the checkpoint
+    ``report_to`` names the extra places: ``tensorboard`` (in ``runs/``, or ``events_dir``) and ``wandb`` (``project``).
+    ``resumed_step`` is the step of the checkpoint
     the run continues from, 0 for a new run (which then starts an empty log).
     """
 
@@ -107,6 +108,8 @@ class RunLog:
         is_main: bool = True,
         resumed_step: int = 0,
         run_name: str | None = None,
+        project: str | None = None,
+        events_dir: str | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.max_steps = max_steps
@@ -129,9 +132,9 @@ class RunLog:
         self._file = (self.run_dir / LOG_FILE).open("a", encoding="utf-8")
         if "tensorboard" in report_to:
             purge = resumed_step + 1 if resumed_step else None
-            self._events = EventFile(self.run_dir / "runs", purge_step=purge)
+            self._events = EventFile(Path(events_dir) if events_dir else self.run_dir / "runs", purge_step=purge)
         if "wandb" in report_to:
-            self._wandb = _open_wandb(self.run_dir, run_name)
+            self._wandb = _open_wandb(self.run_dir, run_name, project)
 
     def start(self) -> None:
         """Start the clock: call it right before the first step, so that loading does not count as training."""
@@ -293,7 +296,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _open_wandb(run_dir: Path, run_name: str | None) -> Any:
+def _open_wandb(run_dir: Path, run_name: str | None, project: str | None) -> Any:
     """A wandb run kept in ``run_dir``; its id lies in ``runs/wandb_id``, so a resumed run continues the same curves."""
     try:
         wandb = importlib.import_module("wandb")
@@ -301,7 +304,7 @@ def _open_wandb(run_dir: Path, run_name: str | None) -> Any:
         raise UserError("--report_to wandb: the package is not installed; pip install wandb, or leave it out") from None
     id_file = run_dir / "runs" / "wandb_id"
     known = id_file.read_text().strip() if id_file.exists() else None
-    run = wandb.init(dir=str(run_dir), name=run_name or run_dir.name, id=known, resume="allow")
+    run = wandb.init(dir=str(run_dir), project=project, name=run_name or run_dir.name, id=known, resume="allow")
     id_file.parent.mkdir(parents=True, exist_ok=True)
     id_file.write_text(run.id)
     return run

@@ -36,7 +36,7 @@ from tessera.config.run import Run
 from tessera.infer import run as inference
 from tessera.infer.results import RULE, exact_match, read_results
 from tessera.observe import report
-from tessera.recipes import compose, export, handwriting, supervised
+from tessera.recipes import blueprint, export, handwriting, supervised
 
 BLUEPRINT = Path(__file__).parent / "demo_model"
 
@@ -125,7 +125,7 @@ def make_model(folder: Path, data: Data, seed: int) -> Path:
     """Compose the model, its tokenizer trained on the answers of the training rows."""
     with data.train.open(encoding="utf-8") as lines:
         texts = [json.loads(line)["messages"][-1]["content"] for line in lines]
-    size = compose.compose(BLUEPRINT, texts, folder, seed)
+    size = blueprint.compose(BLUEPRINT, texts, folder, seed)
     _say("model", f"{size / 1e6:.2f} million random parameters and a tokenizer -> {folder}")
     return folder
 

@@ -19,7 +19,7 @@ import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,13 @@ from tessera.config.errors import UserError
 from tessera.config.run import Run
 from tessera.contract.model import Geometry, dtype_of
 from tessera.infer.session import attach
-from tessera.models.geometry import PatchGeometry
 from tessera.weights import hf, hub
 
 ARGS_FILE = "args.json"
-_PRODUCT = (*hf.SIDE_FILES, "*.safetensors", "*.safetensors.index.json", ARGS_FILE)
+LIMITS = ("max_pixels", "min_pixels", "max_num", "use_tiling")
+"""Flags that say how an image is shown."""
+PRODUCT = (*hf.SIDE_FILES, "*.safetensors", "*.safetensors.index.json", ARGS_FILE)
+"""Name patterns of what an export writes."""
 
 
 def main(run: Run, *, endpoint: str | None = None) -> Path:
@@ -45,7 +47,7 @@ def main(run: Run, *, endpoint: str | None = None) -> Path:
 
     ``endpoint`` names another hub than the public one.
     """
-    directory = _unchanged(run)
+    directory = converted(run) if run.convert.asked else _unchanged(run)
     if directory is None:
         directory = write(run)
         print(f"{'would write' if run.dry_run else 'exported to'} {directory}", flush=True)
@@ -62,15 +64,22 @@ def main(run: Run, *, endpoint: str | None = None) -> Path:
     return directory
 
 
+def converted(run: Run) -> Path:
+    """The directory that a conversion from or to Megatron made."""
+    from tessera.recipes import mcore
+
+    return mcore.main(run)
+
+
 def write(run: Run) -> Path:
     """Load, merge if asked to, and write the model; returns ``--output_dir``."""
     source = door.describe(run.model)
     out = Path(run.save.output_dir)
-    inputs = {source.path.resolve(), *(Path(adapter).resolve() for adapter in run.model.adapters)}
+    inputs = {source.location.resolve(), *(Path(adapter).resolve() for adapter in run.model.adapters)}
     if out.resolve() in inputs:
         raise UserError(f"--output_dir {out}: is what is being exported; choose another directory")
     # Checked before any weight is read: merging may take minutes.
-    _check_free(out, exist_ok=run.export.exist_ok)
+    check_free(out, exist_ok=run.export.exist_ok)
     if run.dry_run:
         return out
     dtype = dtype_of(run.model.torch_dtype) if _asked(run, "torch_dtype") and run.model.torch_dtype else None
@@ -78,48 +87,46 @@ def write(run: Run) -> Path:
     if run.export.merge_lora:
         attach(source, module, run.model.adapters[0])
         merged = lora.merge(module)
-        print(f"merged {merged} adapted layers of {run.model.adapters[0]} into {source.path}", flush=True)
-    resharded = _asked(run, "max_shard_size")
+        print(f"merged {merged} adapted layers of {run.model.adapters[0]} into {source.location}", flush=True)
+    resharded = _asked(run, "max_shard_size") or source.origin is None
     with appearing(out) as aside:
         hf.save(
             module.state_dict(),
             aside,
-            source.weightmap,
-            source=None if resharded else source.checkpoint,
+            source.disk_names,
+            source=None if resharded else source.origin,
             dtype=dtype,
             max_shard_size=run.save.max_shard_size,
         )
         if resharded:
             hf.copy_side_files(source.path, aside, dtype)
         limit_processor(aside, run, source.geometry)
-        write_json(aside / ARGS_FILE, _args(run, source.path))
+        write_json(aside / ARGS_FILE, args_of(run, source.location))
     return out
 
 
 def limit_processor(directory: Path, run: Run, geometry: Geometry) -> None:
-    """Write the run's pixel limits, if it has any, into the processor configs in ``directory``."""
-    limited = run.model.max_pixels is not None or run.model.min_pixels is not None
-    if not limited or not isinstance(geometry, PatchGeometry):
+    """Write the run's limits of images, if it has any, into the configs in ``directory``."""
+    if all(getattr(run.model, name) is None for name in LIMITS):
         return
-    limits = {"min_pixels": geometry.min_pixels, "max_pixels": geometry.max_pixels}
-    edges = {"shortest_edge": geometry.min_pixels, "longest_edge": geometry.max_pixels}
-    for name, inner in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+    for name, kind, inner in (
+        ("config.json", "config.json", None),
+        ("preprocessor_config.json", "preprocessor_config.json", None),
+        ("processor_config.json", "preprocessor_config.json", "image_processor"),
+    ):
         whole = door.read_json(directory / name)
         part = whole if inner is None else whole.get(inner)
-        if not part:
-            continue
-        known = {key: value for key, value in limits.items() if key in part}
-        if part.get("size"):
-            part["size"] = edges
-        part.update(known if known or part.get("size") else limits)
-        write_json(directory / name, whole)
+        if part:
+            stored = geometry.stored(kind, part)
+            if stored != part:
+                write_json(directory / name, stored if inner is None else {**whole, inner: stored})
 
 
 @contextmanager
-def appearing(final: Path) -> Iterator[Path]:
+def appearing(final: Path, product: Sequence[str] = PRODUCT) -> Iterator[Path]:
     """A hidden directory to write into; renamed to ``final`` at the end, removed if anything goes wrong.
 
-    An export that was there before steps aside for it; entries of the old one that no export writes are kept.
+    What was there before steps aside for it; entries of the old one that are no ``product`` (name patterns) are kept.
     """
     aside = final.with_name(f".writing-{final.name}")
     old = final.with_name(f".writing-{final.name}-old")
@@ -140,7 +147,7 @@ def appearing(final: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
     if old.exists():
         for entry in old.iterdir():
-            if not any(fnmatch.fnmatch(entry.name, pattern) for pattern in _PRODUCT):
+            if not any(fnmatch.fnmatch(entry.name, pattern) for pattern in product):
                 entry.rename(final / entry.name)
         shutil.rmtree(old)
 
@@ -155,7 +162,7 @@ def _unchanged(run: Run) -> Path | None:
         if not run.export.push_to_hub:
             raise UserError("tessera export --adapters: nothing to do; add --merge_lora true or --push_to_hub true")
         return Path(run.model.adapters[0])
-    changed = any(_asked(run, name) for name in ("output_dir", "torch_dtype", "max_shard_size", "max_pixels"))
+    changed = any(_asked(run, name) for name in ("output_dir", "torch_dtype", "max_shard_size", *LIMITS))
     return None if changed or not run.export.push_to_hub else door.locate(run.model.model or "")
 
 
@@ -169,7 +176,8 @@ def _stored(source: door.Source) -> Callable[[str], torch.dtype]:
     return lambda name: source.checkpoint.entries[source.weightmap.to_disk(name)].dtype
 
 
-def _check_free(out: Path, *, exist_ok: bool) -> None:
+def check_free(out: Path, *, exist_ok: bool) -> None:
+    """UserError unless ``out`` may be written: new, empty, or a model directory that may be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not exist_ok:
@@ -178,12 +186,12 @@ def _check_free(out: Path, *, exist_ok: bool) -> None:
         raise UserError(f"--output_dir {out}: exists and is no exported model (no config.json); choose another")
 
 
-def _args(run: Run, model: Path) -> Mapping[str, Any]:
+def args_of(run: Run, model: Path) -> Mapping[str, Any]:
     """The training's ``args.json``, without its adapters; that of this command if there was no training."""
     for directory in (*(Path(adapter) for adapter in run.model.adapters), model):
         if (directory / ARGS_FILE).is_file():
             stored: dict[str, Any] = json.loads((directory / ARGS_FILE).read_text(encoding="utf-8"))
-            limits = {"max_pixels": run.model.max_pixels, "min_pixels": run.model.min_pixels}
+            limits = {name: getattr(run.model, name) for name in LIMITS}
             return {**stored, **limits, "adapters": [], "hub_token": None}
     return run.to_json()
 

@@ -18,6 +18,7 @@ from tessera.config.run import Run
 from tessera.contract.memory import Recompute
 from tessera.data.corpus import Corpus
 from tessera.data.loader import Loader
+from tessera.models.families import text_config
 from tessera.observe.cost import MemoryEstimate, Work, estimate_memory, human_count, stacks_of
 from tessera.observe.facts import RunFacts, TrainedModule, hardware, versions
 from tessera.parallel.mesh import Mesh
@@ -47,7 +48,7 @@ def facts(
     held = [] if layout.is_single else fit.holdings(run, source, layout)
     train = loader.corpus
     steps = loader.steps_in_epoch(0)
-    per_step = float(train.lengths.sum()) / max(1, steps)
+    per_step = loader.tokens_in_epoch / max(1, steps)
     return RunFacts(
         model=str(run.model.model),
         family=source.family.name,
@@ -61,7 +62,7 @@ def facts(
         val_samples=len(val) if val is not None else 0,
         skipped_samples=len(train.skips),
         tokens_per_step=per_step,
-        samples_per_step=len(train) / max(1, steps),
+        samples_per_step=train.epoch_rows / max(1, steps),
         batch=_batch_words(run, loader),
         dtype=f"{'float32' if itemsize == 4 else run.model.torch_dtype or source.dtype_name} compute",
         optimizer=f"{run.train.optim}, {run.train.lr_scheduler_type}",
@@ -101,7 +102,7 @@ def _memory(
     run: Run, source: Source, share: Share, stage: int, loader: Loader, mesh: Mesh, itemsize: int
 ) -> MemoryEstimate:
     """The estimated peak on a device of pipeline stage ``stage``, for the largest microbatch that can occur."""
-    train, config = loader.corpus, {**source.config, **source.config.get("text_config", {})}
+    train, config = loader.corpus, {**source.config, **text_config(source.config)}
     layout, holding = mesh.layout, share.holding
     tokens, patches = (int(np.sort(size)[-loader.units_per_batch :].sum()) for size in (train.lengths, train.patches))
     if loader.packing and loader.capacity:
@@ -169,7 +170,7 @@ def dry_plan(run: Run, source: Source, loader: Loader, val: Corpus | None, mesh:
         f"model     {source.path} ({source.family.name}, {len(source.checkpoint.names)} tensors)",
         *_planned(run, source, loader, mesh, itemsize),
         f"data      {len(train):,} training rows, {len(val) if val is not None else 0:,} for validation, "
-        f"{len(train.skips):,} skipped; {int(train.lengths.sum()):,} tokens an epoch",
+        f"{len(train.skips):,} skipped; {loader.tokens_in_epoch:,} tokens an epoch",
         f"steps     {loader.total_steps:,} ({_batch_words(run, loader)})",
     ]
     if len(train.skips):

@@ -54,10 +54,12 @@ from tessera.parallel.mesh import Mesh, world_size
 from tessera.parallel.watchdog import group_timeout, watching
 from tessera.recipes import fit, placement, screen
 from tessera.recipes.export import ARGS_FILE, limit_processor
+from tessera.recipes.mcore import mirror_of
 from tessera.train.optim import Optimizers
 from tessera.train.schedule import Schedule, warmup_steps
 from tessera.train.step import Engine
 from tessera.train.trainer import Cadence, Progress, SignalError, Trainer, restore
+from tessera.weights import hf
 from tessera.weights.saving import Saving
 
 
@@ -198,7 +200,7 @@ def staged_adapter(
 
     def write(directory: Path) -> None:
         if mesh.is_main:
-            adapt.save_adapter(every, adaptation, directory, base_model=str(source.path))
+            adapt.save_adapter(every, adaptation, directory, base_model=str(source.location))
 
     return write
 
@@ -213,7 +215,8 @@ def staged_model(
 ) -> Write:
     """The model, of which every rank writes its own part."""
     dtype = dtype_of(run.model.torch_dtype) if run.model.torch_dtype else None
-    saving = Saving.of(model.state_dict(), source.weightmap, origin=source.checkpoint, dtype=dtype, ranks=mesh)
+    state, names = model.state_dict(), source.disk_names
+    saving = Saving.of(state, names, origin=source.origin, dtype=dtype, ranks=mesh, types=source.types)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     if copies is not None:  # what is frozen does not change
         saving = saving.staged(lambda name, held: held if name in frozen else copies.copy(f"model.{name}", held))
@@ -221,6 +224,8 @@ def staged_model(
     def write(directory: Path) -> None:
         saving.write(directory)
         if mesh.is_main:
+            if source.origin is None:
+                hf.copy_side_files(source.path, directory, dtype)
             limit_processor(directory, run, source.geometry)
 
     return write
@@ -248,14 +253,17 @@ def train_loader(run: Run, corpus: Corpus, mesh: Mesh) -> Loader:
         epochs=run.train.num_train_epochs,
         max_steps=run.train.max_steps if run.train.max_steps > 0 else None,
         pin_memory=mesh.device.type == "cuda",
+        drop_last=run.data.dataloader_drop_last,
     )
 
 
 def val_loader(run: Run, corpus: Corpus, mesh: Mesh) -> Loader:
     """Every validation row once, over all ranks."""
+    rows = run.train.eval_iters * run.train.global_batch_size
     return eval_loader(
         corpus,
         units_per_batch=run.train.per_device_eval_batch_size,
+        most=rows if rows > 0 else None,
         packing=run.data.packing,
         capacity=run.data.packing_length or run.data.max_length,
         rank=mesh.data_rank,
@@ -265,10 +273,14 @@ def val_loader(run: Run, corpus: Corpus, mesh: Mesh) -> Loader:
 
 
 def schedule_of(run: Run, max_steps: int) -> Schedule:
-    """The learning-rate schedule over ``max_steps``."""
-    warm = warmup_steps(max_steps, ratio=run.train.warmup_ratio, steps=run.train.warmup_steps)
-    floor = run.train.min_lr / run.train.learning_rate if run.train.learning_rate else 0.0
-    return Schedule(run.train.lr_scheduler_type, max_steps, warm, min(1.0, floor), run.train.wsd_decay_ratio)
+    """The learning-rate schedule of a run of ``max_steps``."""
+    args = run.train
+    end = max_steps if args.lr_decay_iters is None else args.lr_decay_iters
+    warm: float = warmup_steps(max_steps, ratio=args.warmup_ratio, steps=args.warmup_steps)
+    if args.lr_warmup_fraction is not None:
+        warm = args.lr_warmup_fraction * end
+    floor = args.min_lr / args.learning_rate if args.learning_rate else 0.0
+    return Schedule(args.lr_scheduler_type, end, warm, min(1.0, floor), args.wsd_decay_ratio)
 
 
 def resume(checkpoint: Path, engine: Engine, optimizers: Optimizers, loader: Loader, store: Store) -> Progress:
@@ -303,6 +315,20 @@ def engine_of(run: Run, placed: placement.Placed, source: door.Source, mesh: Mes
     )
 
 
+def log_of(run: Run, run_dir: Path, max_steps: int, resumed_step: int, mesh: Mesh) -> RunLog:
+    """The log of the run, which goes on behind ``resumed_step``."""
+    return RunLog(
+        run_dir,
+        max_steps=max_steps,
+        report_to=run.log.report_to,
+        is_main=mesh.is_main,
+        resumed_step=resumed_step,
+        run_name=run.log.run_name,
+        project=run.log.wandb_project,
+        events_dir=run.log.tensorboard_dir,
+    )
+
+
 def build(run: Run, mesh: Mesh) -> Trainer | None:
     """A trainer ready to :meth:`~tessera.train.trainer.Trainer.fit`; None after a dry run, which loads no weights."""
     adapt.fp8.require(run.memory, mesh.device)
@@ -310,6 +336,7 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     source = door.describe(run.model)
     placement.check_memory(run, source)
     fit.check(run, source, mesh.layout)
+    mirror_of(run, source, Path(run.save.output_dir), mesh)  # what cannot be written is refused before it is trained
     dtype = door.compute_dtype(source, run.model.torch_dtype, mesh.device)
     if mesh.is_main and door.slow_on(mesh.device, dtype):
         screen.note(f"--torch_dtype {run.model.torch_dtype}: {door.slow_on(mesh.device, dtype)}")
@@ -331,21 +358,16 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     optimizers = Optimizers(model, groups, run.train, schedule, mesh, host_share=share)
     aside = Aside.of(mesh, group_timeout(run.parallel.ddp_timeout)) if run.save.async_save else None
     barrier = mesh.barrier if aside is None else aside.barrier
-    store = Store(place.run_dir, run.save.save_total_limit, mesh.is_main, barrier)
+    store = Store(
+        place.run_dir, run.save.save_total_limit, mesh.is_main, barrier, mirror_of(run, source, place.run_dir, mesh)
+    )
     store.sweep()
     engine, progress = engine_of(run, placed, source, mesh, dtype), Progress()
     if place.resume is not None:
         progress = resume(place.resume, engine, optimizers, loader, store)
     if mesh.is_main:
         write_json(place.run_dir / ARGS_FILE, run.to_json())
-    log = RunLog(
-        place.run_dir,
-        max_steps=loader.total_steps,
-        report_to=run.log.report_to,
-        is_main=mesh.is_main,
-        resumed_step=progress.step,
-        run_name=run.log.run_name,
-    )
+    log = log_of(run, place.run_dir, loader.total_steps, progress.step, mesh)
     facts = screen.facts(run, source, model, groups, loader, val, place.run_dir, mesh, dtype.itemsize)
     if mesh.is_main:
         facts.save(place.run_dir)

@@ -20,11 +20,15 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "warmup_sta
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """``factor(step)`` of the base learning rate for 0-based optimiser ``step`` of ``max_steps``."""
+    """``factor(step)`` of the base learning rate for 0-based optimiser ``step``.
+
+    ``max_steps`` is where ``min_ratio`` is reached, and held if training goes on. It and ``warmup_steps`` may be
+    fractions of a step, as schedules in samples are.
+    """
 
     kind: str
-    max_steps: int
-    warmup_steps: int
+    max_steps: float
+    warmup_steps: float
     min_ratio: float = 0.0
     decay_ratio: float = 0.1
 

@@ -1,9 +1,12 @@
-"""Safetensors files, written in any order and by several processes.
+"""Safetensors files, read in pieces, and written in any order and by several processes.
 
 A file is a JSON header with every tensor's type, shape and byte range, then the bytes. Where each tensor goes is known
 before any value is, so the header is written first, and every tensor then goes to its place whenever it comes, from
 whichever process holds it: a region of a tensor is some contiguous runs of bytes. Nothing is ever collected to be
 written.
+
+Reading copies the bytes that are asked for and nothing else. (Mapping a file would be shorter to write, but the pages
+that were looked at would count as this process's memory for as long as the file is open.)
 """
 
 from __future__ import annotations
@@ -131,6 +134,31 @@ def runs(shape: tuple[int, ...], part: Part) -> tuple[list[int], int]:
     for at in range(depth):
         starts = [start + index * strides[at] for start in starts for index in range(sizes[at])]
     return starts, prod(sizes[depth:])
+
+
+def read_region(path: Path, data: int, entry: Entry, part: Part) -> Tensor:
+    """The region ``part`` of the tensor ``entry`` of the file ``path``, whose tensors lie behind its byte ``data``.
+
+    OSError if the file cannot be read, EOFError if it ends too early.
+    """
+    starts, length = runs(entry.shape, part)
+    size = entry.dtype.itemsize
+    raw = torch.empty(len(starts) * length * size, dtype=torch.uint8)
+    view = raw.numpy().data
+    with path.open("rb", buffering=0) as stream:
+        for index, start in enumerate(starts):
+            into = view[index * length * size : (index + 1) * length * size]
+            _read_all(stream.fileno(), into, data + entry.start + start * size)
+    return raw.view(entry.dtype).view([cut.stop - cut.start for cut in part])
+
+
+def _read_all(descriptor: int, into: memoryview, offset: int) -> None:
+    """Fill ``into`` from ``offset`` on."""
+    while into:
+        count = os.preadv(descriptor, [into], offset)
+        if not count:
+            raise EOFError(f"the file ends {len(into)} bytes too early")
+        into, offset = into[count:], offset + count
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from tessera.config.errors import UserError
 from tessera.contract.shards import Part, whole
 from tessera.contract.weightmap import Piece, WeightMap
-from tessera.weights.files import DTYPES, INDEX, SINGLE, Entry
+from tessera.weights.files import DTYPES, INDEX, SINGLE, Entry, read_region
 from tessera.weights.saving import SIDE_FILES, Saving, bytes_of, copy_side_files, some
 from tessera.weights.shards import held, local, plain
 
@@ -55,9 +54,9 @@ class Checkpoint:
         self.path = Path(path)
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, dict[str, str]] = {}
+        self._data: dict[str, int] = {}
         for file in self._files():
             self._read_header(file)
-        self._open: dict[str, Any] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,15 +64,12 @@ class Checkpoint:
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> Tensor:
         """The tensor ``name`` on the CPU, or the ``part`` of it that these slices cut out."""
-        from safetensors import safe_open
-
-        file = self.entries[name].file
-        if file not in self._open:
-            self._open[file] = safe_open(self.path / file, framework="pt")
-        handle = self._open[file]
-        tensor = handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
-        assert isinstance(tensor, Tensor)
-        return tensor
+        entry = self.entries[name]
+        path = self.path / entry.file
+        try:
+            return read_region(path, self._data[entry.file], entry, whole(entry.shape) if part is None else part)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path}: tensor {name} cannot be read ({error}); copy the checkpoint again") from error
 
     def _files(self) -> list[str]:
         if not self.path.is_dir():
@@ -96,7 +92,8 @@ class Checkpoint:
                 header = json.loads(stream.read(size))
         except (OSError, ValueError, struct.error) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error}); copy the checkpoint again") from error
-        data = path.stat().st_size - 8 - size
+        self._data[file] = 8 + size
+        data = path.stat().st_size - self._data[file]
         self.metadata[file] = header.pop("__metadata__", {})
         for name, fields in header.items():
             start, end = fields["data_offsets"]
@@ -153,7 +150,7 @@ def load(
             # A buffer's type is part of its meaning (float32 beside half-precision weights); nobody casts it.
             wanted = asked if isinstance(tensor, nn.Parameter) else tensor.dtype
             kept = wanted if found.is_floating_point else found
-            placed = place(tensor, partial(_read, checkpoint, pieces), kept, torch.device(device))
+            placed = place(tensor, partial(regions, checkpoint, pieces), kept, torch.device(device))
             for copy in weightmap.copies(name):
                 check_copy(checkpoint, copy, pieces[0].disk, held(placed))
         parameters += tensor.numel()
@@ -175,7 +172,7 @@ def _register(placed: Tensor, old: Tensor, owners: Sequence[tuple[nn.Module, str
             owner.register_buffer(leaf, placed)
 
 
-def _read(checkpoint: Checkpoint, pieces: Sequence[Piece], part: Part) -> Iterator[tuple[Part, Tensor]]:
+def regions(checkpoint: Checkpoint, pieces: Sequence[Piece], part: Part) -> Iterator[tuple[Part, Tensor]]:
     """The values of the region ``part`` of a tensor made of ``pieces``, and where in it each belongs."""
     for piece in pieces:
         found = piece.overlap(part)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,13 +102,16 @@ class Saving:
         dtype: torch.dtype | None = None,
         max_shard_size: int = 5 * 10**9,
         ranks: Ranks | None = None,
+        types: Mapping[str, torch.dtype] | None = None,
     ) -> Saving:
         """The plan for ``tensors``, by our names, some of them sharded over ``ranks`` (None: this process has all).
 
-        Names, shards and types are those of ``origin`` if it is given; ``dtype`` overrides the type of floating ones.
-        Every rank calls this with its own tensors; with a pipeline, stages tell each other the names of theirs.
+        Names, shards and types are those of ``origin`` if it is given; else types are those in ``types``, by our names,
+        or the tensors' own. ``dtype`` overrides the type of floating ones. Every rank calls this with its own tensors;
+        with a pipeline, stages tell each other the names of theirs.
         """
-        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        known = types or {}
+        found = {name: (known.get(name, tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
         stages, stage = [found], 0
         if ranks is not None and ranks.layout.pp > 1:
             stages, stage = ranks.gather(found, "pp"), ranks.at("pp")
@@ -120,7 +123,8 @@ class Saving:
             weightmap = weightmap.settled(shapes, {name: entry.shape for name, entry in origin.entries.items()})
         pieces = {name: _pieces(weightmap, name, shape) for name, shape in shapes.items()}
         disk = {p.disk: (every[name][0], p.shape(shapes[name])) for name, parts in pieces.items() for p in parts}
-        assert len(disk) == sum(map(len, pieces.values())), "two of our tensors map to one disk name"
+        places = {(piece.disk, piece.before) for parts in pieces.values() for piece in parts}
+        assert len(places) == sum(map(len, pieces.values())), "two of our tensors map to one disk name"
         if origin is None:
             entries = _sharded(disk, dtype, max_shard_size)
         else:
@@ -148,11 +152,7 @@ class Saving:
             writer = Writer(out_dir, self.entries, metadata, stack, creates=self.creates)
             for name, share in self.shares.items():
                 for piece in self.pieces[name]:
-                    found = piece.overlap(share.part)
-                    if found is not None:
-                        inside, where = found
-                        value = share.values[where].reshape([cut.stop - cut.start for cut in where][-len(inside) :])
-                        writer.put(piece.disk, value.transpose(-1, -2) if piece.turned else value, inside)
+                    _put(writer, piece, share)
             if self.origin is not None and self.creates:
                 placed = {piece.disk for parts in self.pieces.values() for piece in parts}
                 for left in self.entries.keys() - placed:
@@ -161,6 +161,39 @@ class Saving:
             write_index(out_dir, self.entries, self.origin)
             if self.origin is not None:
                 copy_side_files(self.origin.path, out_dir, self.dtype)
+
+
+def stream(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    values: Callable[[str], Iterable[tuple[Part, Tensor]]],
+    out_dir: Path,
+    weightmap: WeightMap,
+    *,
+    max_shard_size: int,
+) -> None:
+    """Write ``tensors`` (types and shapes by our names) into the existing directory ``out_dir``, as values come.
+
+    ``values(name)`` yields regions of a tensor with their values, all of it in the end; one region is held at a time.
+    """
+    pieces = {name: _pieces(weightmap, name, shape) for name, (_, shape) in tensors.items()}
+    disk = {p.disk: (tensors[name][0], p.shape(tensors[name][1])) for name, parts in pieces.items() for p in parts}
+    entries = _sharded(disk, None, max_shard_size)
+    with ExitStack() as stack:
+        writer = Writer(out_dir, entries, {}, stack)
+        for name, parts in pieces.items():
+            for part, value in values(name):
+                for piece in parts:
+                    _put(writer, piece, Share(part, value))
+    write_index(out_dir, entries, None)
+
+
+def _put(writer: Writer, piece: Piece, share: Share) -> None:
+    """Write what of the disk tensor ``piece`` lies in ``share``."""
+    found = piece.overlap(share.part)
+    if found is not None:
+        inside, where = found
+        value = share.values[where].reshape([cut.stop - cut.start for cut in where][-len(inside) :])
+        writer.put(piece.disk, value.transpose(-1, -2) if piece.turned else value, inside)
 
 
 def _pieces(weightmap: WeightMap, name: str, shape: tuple[int, ...]) -> list[Piece]:

@@ -8,8 +8,9 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from tessera.config.flags import FLAGS, ROOMS, VERBS
+from tessera.config.flags import BY_NAME, FLAGS, ROOMS, VERBS, Dialect
 from tessera.config.manual import flags_page, verb_help
+from tessera.config.parse import convert
 from tessera.config.resolve import run_of
 from tessera.config.run import ROOM_CLASSES
 
@@ -29,7 +30,7 @@ def test_every_field_is_a_row_and_every_row_a_field() -> None:
     for room, kind in ROOM_CLASSES.items():
         rows = [flag.name for flag in FLAGS if flag.room == room and flag.name != "model_kwargs"]
         assert rows == [spec.name for spec in fields(kind)], room
-    assert set(ROOM_CLASSES) == set(ROOMS) - {"run", "inert"}
+    assert set(ROOM_CLASSES) == set(ROOMS) - {"run", "inert", "short"}
 
 
 def test_kinds_are_the_types_of_the_fields() -> None:
@@ -53,22 +54,29 @@ def test_values_of_a_run_have_the_types_of_their_fields() -> None:
 
 
 def test_names_are_unique_and_rows_make_sense() -> None:
-    names = [name for flag in FLAGS for name in (flag.name, *flag.aliases)]
+    names = [name for flag in FLAGS for name in flag.names("megatron")]
     assert len(names) == len(set(names))
     for flag in FLAGS:
         assert flag.room in ROOMS, flag.name
-        assert set(flag.verbs) | set(flag.defaults) <= set(VERBS), flag.name
+        assert set(flag.verbs) | set(flag.defaults) - {"megatron"} <= set(VERBS), flag.name
+        for value, meant in flag.means.items():
+            assert flag.room == "short" and value in (flag.choices or ("true", "false")), flag.name
+            for name, word in meant.items():
+                convert(BY_NAME[name], [word], name)
         assert bool(flag.inert) == (flag.room == "inert"), flag.name
         assert flag.inert or flag.help, flag.name
         if flag.choices and flag.kind != "list":
             assert {flag.default, *flag.defaults.values()} - {None} <= set(flag.choices), flag.name
-    assert len(FLAGS) <= 150
+    assert sum(len(fields(kind)) for kind in ROOM_CLASSES.values()) <= 200
 
 
+@pytest.mark.parametrize("dialect", ["swift", "megatron"])
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_and_page_hold_every_flag(verb: str) -> None:
-    text = verb_help(verb)
+def test_help_and_page_hold_every_flag(verb: str, dialect: Dialect) -> None:
+    text = verb_help(verb, dialect)
+    listed = {line.split()[0] for line in text.splitlines() if line.startswith("  --")}
+    inert = text[text.rindex("\ninert:") :].replace(",", " ").split() if "\ninert:" in text else []
     for flag in FLAGS:
-        assert (f"--{flag.name}" in text.replace(",", " ").split()) == flag.belongs_to(verb), flag.name
+        assert (f"--{flag.name}" in {*listed, *inert}) == flag.belongs_to(verb, dialect), flag.name
         assert f"`--{flag.name}`" in flags_page()
     assert max(map(len, text.splitlines())) <= 110

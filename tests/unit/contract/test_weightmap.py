@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera.contract.weightmap import Rename, Stack, Tie, Turn, WeightMap
+from tessera.contract.weightmap import Fuse, Rename, Stack, Tie, Turn, WeightMap
 from tessera.models.families import FAMILIES, family_of
 from tests.parity import reference as ref
 
@@ -55,6 +55,8 @@ def test_a_clash_of_names_is_a_defect() -> None:
         table.forward({"a.x": 1, "b.x": 2})
     with pytest.raises(AssertionError, match="one side"):
         Rename("a.**", "b")
+    with pytest.raises(AssertionError, match="one side"):
+        Rename("a.*.x.**", "b.x.**")
 
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
@@ -73,18 +75,32 @@ def test_every_family_round_trips_its_own_tensors(name: str, listed: list[str] |
         pieces = table.pieces(key, tuple(value.shape))
         assert pieces[0].disk == table.to_disk(key)
         for piece in pieces:
-            assert torch.equal(piece.of(value), disk[piece.disk])
+            held = disk[piece.disk]
+            if piece.total:
+                assert piece.total == len(held)
+                held = held[piece.before : piece.before + len(value)]
+                assert table.to_ours(piece.disk).rpartition(".")[2] == key.rpartition(".")[2]
+            else:
+                assert table.to_ours(piece.disk) == key
+            assert torch.equal(piece.of(value), held)
             assert piece.shape(tuple(value.shape)) == tuple(disk[piece.disk].shape)
-            assert table.to_ours(piece.disk) == key
 
 
 EXPERTS = WeightMap(
-    renames=(Rename("model.language_model.**", "language_model.model.**"),),
+    renames=(
+        Rename("model.language_model.**", "language_model.model.**"),
+        Rename("tower.*.qkv.**", "vision.layers.*.attn.qkv.**"),
+        Rename("tower.*.norm", "vision.layers.*.ls1"),
+    ),
     stacks=(
         Stack("model.language_model.layers.*.gate_up", ("model.language_model.layers.*.#.gate", "x.*.#.up")),
         Stack("model.language_model.layers.*.down", ("model.language_model.layers.*.#.down.weight",)),
     ),
     turns=(Turn(("turned.*", "other")),),
+    fuses=(
+        Fuse(("tower.*.q.weight", "tower.*.k.weight", "tower.*.v.weight"), "tower.*.qkv.weight"),
+        Fuse(("tower.*.q.bias", "tower.*.k.bias", "tower.*.v.bias"), "tower.*.qkv.bias"),
+    ),
 )
 
 
@@ -96,6 +112,9 @@ def random_tensors(seed: int) -> dict[str, Tensor]:
     for layer in range(random.randint(1, 12)):
         ours[f"model.language_model.layers.{layer}.gate_up"] = torch.randn(experts, 2 * inner, hidden)
         ours[f"model.language_model.layers.{layer}.down"] = torch.randn(experts, hidden, inner)
+        ours |= {f"tower.{layer}.{part}.weight": torch.randn(inner, hidden) for part in "qkv"}
+        ours |= {f"tower.{layer}.{part}.bias": torch.randn(inner) for part in "kvq"}
+        ours[f"tower.{layer}.norm"] = torch.randn(hidden)
     return ours
 
 
@@ -112,6 +131,11 @@ def test_inverse_undoes_forward_for_parts_and_turns(seed: int) -> None:
     half = whole.shape[1] // 2
     assert torch.equal(disk["language_model.model.layers.0.0.gate"], whole[0, :half])
     assert torch.equal(disk["x.0.0.up"], whole[0, half:])
+    for kind in ("weight", "bias"):
+        assert torch.equal(
+            disk[f"vision.layers.0.attn.qkv.{kind}"], torch.cat([ours[f"tower.0.{part}.{kind}"] for part in "qkv"])
+        )
+    assert disk["vision.layers.0.ls1"] is ours["tower.0.norm"]
 
 
 @pytest.mark.parametrize("seed", range(20))

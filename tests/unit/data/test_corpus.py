@@ -244,3 +244,27 @@ def test_a_text_only_model_refuses_images(directory: Path, images: list[str], tm
     geometry = make_geometry("text")
     with pytest.raises(UserError, match="takes no images"):
         prepare(run.data, Renderer(directory, geometry), geometry)
+
+
+def test_frames_per_second_of_a_video_are_its_timestamps(directory: Path, tmp_path: Path) -> None:
+    frames = make_images(tmp_path / "img", [(56, 56)] * 4)
+    row = chat("<video>q", "a") | {"videos": [frames]}
+    rows = [row, row | {"fps": 4}, row | {"fps": ["0.5"]}, row | {"fps": [1, 2]}, row | {"fps": 0}, row | {"fps": "x"}]
+    train, val = planned(
+        directory,
+        write_rows(tmp_path / "a.jsonl", rows),
+        tmp_path / "run",
+        dataset_shuffle=False,
+        max_skip_ratio=1.0,
+        split_dataset_ratio=0.34,
+    )
+    assert val is None or not len(val)
+    assert [train.encoded(i).items[0].timestamps for i in range(len(train))] == [
+        (),
+        (0.0, 0.25, 0.5, 0.75),
+        (0.0, 2.0, 4.0, 6.0),
+    ]
+    reasons = {entry["row"]: entry["reason"] for entry in skipped(tmp_path / "run")}
+    assert reasons[3] == "2 entries in fps but 1 videos"
+    assert "positive" in reasons[4]
+    assert "fps must be numbers" in reasons[5]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +248,60 @@ def test_buffers_come_back_only_when_nothing_looks_at_them() -> None:
     again = [buffers.take(60) for _ in range(2)]
     assert address in {array.__array_interface__["data"][0] for array in again}
     assert np.shares_memory(again[0], again[0][:5])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("threads", [0, 2])
+def test_whole_steps_go_on_with_the_next_epoch(corpus: Corpus, options: dict[str, Any], threads: int) -> None:
+    """``drop_last``: the units of three epochs one after the other, cut into whole steps."""
+    loader = Loader(corpus, threads=threads, epochs=3, drop_last=True, **options)
+    per_step = loader.units_per_step
+    every = [unit for epoch in range(3) for unit in loader._units(epoch)]
+    alike = options.get("units_per_batch", 1)
+    count = sum(len(loader._units(epoch)) // alike * alike for epoch in range(3)) // per_step
+    assert loader.total_steps == count
+    steps = list(loader)
+    seen = [i for step in steps for batch in step.batches for i in batch.sample_ids]
+    assert seen == [i for unit in every[: count * per_step] for i in unit]
+    assert all(len(step.batches) == options["accumulation"] for step in steps)
+    assert [step.index for step in steps] == list(range(count))
+    assert 2 < steps[-1].epoch <= 3 and all(a.epoch < b.epoch for a, b in pairwise(steps))
+    for stop in (1, count // 3 + 1):
+        first = Loader(corpus, threads=threads, epochs=3, drop_last=True, **options)
+        begun = [step for _, step in zip(range(stop), first, strict=False)]
+        again = Loader(corpus, threads=threads, epochs=3, drop_last=True, **options)
+        again.restore(json.loads(json.dumps(first.state())))
+        assert same([*begun, *again], steps)
+
+
+def test_whole_steps_on_ranks_are_those_of_one_process(corpus: Corpus) -> None:
+    alone = ids(list(Loader(corpus, threads=0, accumulation=4, epochs=2, drop_last=True)))
+    two = [
+        ids(list(Loader(corpus, threads=0, accumulation=2, epochs=2, drop_last=True, rank=rank, world=2)))
+        for rank in range(2)
+    ]
+    assert [[a[0], b[0], a[1], b[1]] for a, b in zip(*two, strict=True)] == alone
+
+
+def test_megatron_swifts_number_of_iterations(corpus: Corpus) -> None:
+    for rows, world, batch, epochs in ((1, 2, 4, 3), (2, 4, 16, 2), (3, 1, 9, 1)):
+        loader = Loader(
+            corpus, threads=0, units_per_batch=rows, accumulation=batch // (rows * world), world=world, epochs=epochs,
+            drop_last=True,
+        )  # fmt: skip
+        alike = rows * world
+        assert loader.total_steps == (37 // alike * alike) * epochs // batch
+    with pytest.raises(UserError, match="--global_batch_size 64: 37 training rows make no whole step"):
+        Loader(corpus, threads=0, accumulation=64, drop_last=True)
+    assert Loader(corpus, threads=0, accumulation=64, drop_last=True, max_steps=2).total_steps == 2
+
+
+def test_an_evaluation_of_so_many_rows(corpus: Corpus) -> None:
+    rows = [
+        i
+        for step in eval_loader(corpus, threads=0, units_per_batch=2, most=7)
+        for b in step.batches
+        for i in b.sample_ids
+    ]
+    assert len(rows) == 8
+    assert eval_loader(corpus, threads=0, most=1000).total_steps == 37

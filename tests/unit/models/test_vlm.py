@@ -27,14 +27,17 @@ PLAIN: list[ref.Sample] = [[12], [9], [20], [9], [4]]
 
 AFTER_THE_TOWER = {
     "qwen2_5_vl": "model.visual.merger.mlp.2.bias",
+    "composite": "model.visual.merger.mlp.2.bias",
     "glm4v_moe": "model.visual.merger.post_projection_norm.bias",
     "internvl": "model.multi_modal_projector.layer_norm.bias",
+    "internvl_chat": "model.multi_modal_projector.layer_norm.bias",
+    "NVLM_D": "model.multi_modal_projector.layer_norm.bias",
 }
 """A parameter behind a tower's last block."""
 
 
 def samples_of(name: str) -> list[ref.Sample]:
-    return SAMPLES if name in ref.VLMS else PLAIN
+    return SAMPLES if name in ref.SEEING else PLAIN
 
 
 def made(name: str) -> tuple[VLM, Batch]:
@@ -67,7 +70,7 @@ def test_changing_one_segment_leaves_the_others_bit_equal(name: str) -> None:
 
 
 def test_pixels_of_one_segment_stay_there() -> None:
-    for name in ref.VLMS:
+    for name in ref.SEEING:
         model, batch = made(name)
         assert batch.media is not None
         before = model(batch)
@@ -158,7 +161,7 @@ def test_each_layer_runs_as_often_as_it_must(how: Recompute, expected: dict[str,
     assert {part: tuple(found) for part, found in counts.items()} == expected
 
 
-@pytest.mark.parametrize("name", ref.VLMS)
+@pytest.mark.parametrize("name", ref.SEEING)
 @pytest.mark.parametrize("level", [1.0, float("inf")])
 def test_minimal_frame_changes_nothing_and_reaches_every_parameter(name: str, level: float) -> None:
     config = ref.config_of(name)
@@ -247,7 +250,7 @@ def test_unknown_model_type_is_refused() -> None:
     [
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
-        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "rope_type"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}, "rope_type"),
     ],
 )
 def test_unsupported_options_are_refused(name: str, changes: dict[str, object], message: str) -> None:
@@ -259,7 +262,7 @@ def test_both_config_styles_build_the_same_decoder() -> None:
     """transformers 5 nests what transformers 4 wrote flat."""
     from transformers import AutoConfig
 
-    for name in FAMILIES:
+    for name in {*ref.VLMS, *ref.TEXTS} - set(ref.REMOTE):
         config = ref.config_of(name)
         nested = AutoConfig.for_model(**config).to_dict()
         with torch.device("meta"):

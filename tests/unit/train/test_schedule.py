@@ -45,3 +45,23 @@ def test_warmup_steps_win_over_ratio() -> None:
     assert warmup_steps(100, ratio=0.05, steps=0) == 5
     assert warmup_steps(101, ratio=0.05, steps=0) == math.ceil(5.05)
     assert warmup_steps(100, ratio=0.05, steps=17) == 17
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_schedules_in_samples_are_megatrons(kind: str) -> None:
+    """Its rule, written down in samples: warm-up to the peak, decay to the minimum, which then stays."""
+    batch, warm, decay, peak, low = 16, 83, 500, 2.0, 0.5
+    schedule = Schedule(kind, decay / batch, warm / decay * (decay / batch), low / peak)
+    for step in range(60):
+        samples = step * batch
+        if samples <= warm:
+            expected = peak * samples / warm
+        elif kind == "constant":
+            expected = peak
+        elif samples > decay:
+            expected = low
+        else:
+            done = (samples - warm) / (decay - warm)
+            shape = 0.5 * (math.cos(math.pi * done) + 1.0) if kind == "cosine" else 1.0 - done
+            expected = low + shape * (peak - low)
+        assert peak * schedule.factor(step) == pytest.approx(expected, rel=1e-9), step

@@ -32,6 +32,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], str]] = {
     "tp2xdp2-experts": (4, {"tp": 2}, "glm4v_moe"),
     "pp2-tied": (2, {"pp": 2}, "llama-tied"),
     "pp2xtp2": (4, {"pp": 2, "tp": 2}, "internvl"),
+    "tp2xdp2-fused": (4, {"tp": 2}, "NVLM_D"),
     "ep2xdp2": (4, {"ep": 2}, "qwen3_moe"),
     "ep2xdp2-turned": (4, {"ep": 2}, "qwen3_vl_moe"),
     "pp2xtp2xep2xdp2": (8, {"pp": 2, "tp": 2, "ep": 2}, "qwen3_moe"),

@@ -17,6 +17,9 @@ FAMILIES: dict[str, str] = {
     "qwen3_vl_moe": "tessera.models.families.qwen3_vl_moe:FAMILY",
     "glm4v_moe": "tessera.models.families.glm4v_moe:FAMILY",
     "internvl": "tessera.models.families.internvl:FAMILY",
+    "internvl_chat": "tessera.models.families.internvl_chat:FAMILY",
+    "NVLM_D": "tessera.models.families.nvlm_d:FAMILY",
+    "composite": "tessera.models.families.composite:FAMILY",
     "qwen2": "tessera.models.families.qwen2:FAMILY",
     "qwen3": "tessera.models.families.qwen3:FAMILY",
     "qwen3_moe": "tessera.models.families.qwen3_moe:FAMILY",
@@ -25,6 +28,12 @@ FAMILIES: dict[str, str] = {
 """``model_type`` of a config.json -> "module:attribute" of its family."""
 
 FALLBACK = "tessera.models.families.fallback:FAMILY"
+
+
+def text_config(config: HFConfig) -> HFConfig:
+    """The decoder's part of a config: nested under one of two names, or flat."""
+    nested = config.get("text_config") or config.get("llm_config")
+    return nested if nested else config
 
 
 def family_of(config: HFConfig) -> Family:

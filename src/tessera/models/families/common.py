@@ -18,16 +18,11 @@ from tessera.contract.model import Family, HFConfig
 from tessera.contract.plan import Groups, Plan
 from tessera.contract.weightmap import Stack, Tie, WeightMap
 from tessera.models.decoder import DecoderConfig
+from tessera.models.families import text_config
 from tessera.models.geometry import TextGeometry
 from tessera.models.moe import MoEConfig
 from tessera.models.rope import RopeConfig
 from tessera.models.vlm import VLM
-
-
-def text_config(config: HFConfig) -> HFConfig:
-    """The decoder's part of a config, nested or flat."""
-    nested = config.get("text_config")
-    return nested if nested else config
 
 
 def tied(config: HFConfig) -> bool:

@@ -19,7 +19,9 @@ from tessera.contract.batch import Grid, Normalisation, Segments
 from tessera.contract.model import Family, Geometry, HFConfig, MediaItem
 from tessera.contract.plan import Groups, Plan
 from tessera.contract.weightmap import Rename, WeightMap
-from tessera.models.families.common import normalisation, text_config, tied
+from tessera.models.families import text_config
+from tessera.models.families.common import normalisation, tied
+from tessera.models.geometry import refuse_tiles
 from tessera.models.whole import Whole
 
 CAPPED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -132,6 +134,7 @@ class SquareGeometry:
     temporal_patch_size: int = 1
     merge_size: int = 1
     resample: str = "bicubic"
+    resize: str = "torch"
     placeholder: Mapping[str, str] = field(default_factory=lambda: {"image": "<image>"})
 
     def resized(self, height: int, width: int, frames: int = 1) -> tuple[int, int]:
@@ -171,9 +174,16 @@ class SquareGeometry:
         max_pixels: int | None = None,
         video_max_pixels: int | None = None,
         fps: float | None = None,
+        max_tiles: int | None = None,
+        tiling: bool | None = None,
     ) -> SquareGeometry:
         """Unchanged: the size of an image is fixed."""
+        refuse_tiles(max_tiles, tiling)
         return self
+
+    def stored(self, file: str, held: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Unchanged."""
+        return held
 
     def minimal_grid(self) -> Grid:
         """One image."""

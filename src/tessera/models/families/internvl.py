@@ -2,7 +2,7 @@
 
 Checkpoints on the hub name their tensors ``vision_tower.*``, ``multi_modal_projector.*``, ``language_model.model.*``
 and ``language_model.lm_head``; transformers 5 holds, and may write, ``model.*`` and ``lm_head``. Both are read, and
-written back as they were. (The first releases with code of their own, ``internvl_chat``, are another layout.)
+written back as they were. (Releases with code of their own, ``internvl_chat``, are another layout of the same model.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tessera.contract.weightmap import Rename, Tie, WeightMap
 from tessera.models.decoder import Decoder, DecoderConfig
 from tessera.models.families import llama, qwen2, qwen3, qwen3_moe
 from tessera.models.families.common import decoder_parts, expert_stacks, normalisation, tensor_rows
-from tessera.models.layers import RMSNorm, activation
+from tessera.models.layers import Activation, RMSNorm, activation
 from tessera.models.tiled import Projector, TiledConfig, TiledGeometry, TiledTower, TiledTrunk
 from tessera.models.vlm import VLM
 
@@ -51,7 +51,7 @@ def _merge(config: HFConfig) -> int:
     return int(1 / config.get("downsample_ratio", 0.5))
 
 
-def tower(config: HFConfig) -> TiledTower:
+def tiled(config: HFConfig) -> TiledConfig:
     """The vision tower of a ``config.json``; transformers' values where it is silent."""
     vision = config["vision_config"]
     refused = {
@@ -64,41 +64,45 @@ def tower(config: HFConfig) -> TiledTower:
     for name in (name for name, wrong in refused.items() if wrong):
         raise UserError(f"config.json: this value of {name} is not supported by this family")
     eps, rms = vision.get("layer_norm_eps", 1e-6), vision.get("norm_type", "layer_norm") == "rms_norm"
-    return TiledTower(
-        TiledConfig(
-            depth=vision.get("num_hidden_layers", 24),
-            hidden=vision.get("hidden_size", 1024),
-            inner=vision.get("intermediate_size", 4096),
-            heads=vision.get("num_attention_heads", 16),
-            patch=_side(vision.get("patch_size", 14)),
-            side=_side(vision.get("image_size", 448)),
-            merge=_merge(config),
-            norm=lambda size: RMSNorm(size, eps) if rms else nn.LayerNorm(size, eps=eps),
-            act=activation(vision.get("hidden_act", "gelu")),
-            qkv_bias=bool(vision.get("attention_bias", False)),
-            qk_norm=bool(vision.get("use_qk_norm", False)),
-            final_norm=not vision.get("use_mean_pooling", True),
-            table=bool(vision.get("use_absolute_position_embeddings", True)),
-            mask_token=bool(vision.get("use_mask_token", False)),
-            channels=vision.get("num_channels", 3),
-        )
+    return TiledConfig(
+        depth=vision.get("num_hidden_layers", 24),
+        hidden=vision.get("hidden_size", 1024),
+        inner=vision.get("intermediate_size", 4096),
+        heads=vision.get("num_attention_heads", 16),
+        patch=_side(vision.get("patch_size", 14)),
+        side=_side(vision.get("image_size", 448)),
+        merge=_merge(config),
+        norm=lambda size: RMSNorm(size, eps) if rms else nn.LayerNorm(size, eps=eps),
+        act=activation(vision.get("hidden_act", "gelu")),
+        qkv_bias=bool(vision.get("attention_bias", False)),
+        qk_norm=bool(vision.get("use_qk_norm", False)),
+        final_norm=not vision.get("use_mean_pooling", True),
+        table=bool(vision.get("use_absolute_position_embeddings", True)),
+        mask_token=bool(vision.get("use_mask_token", False)),
+        channels=vision.get("num_channels", 3),
     )
+
+
+def assembled(
+    seeing: TiledConfig, text: HFConfig, act: Activation, inner: int | None = None, bias: bool = True
+) -> nn.Module:
+    """Tower, projector (see :class:`~tessera.models.tiled.Projector`) and the decoder of ``text``."""
+    kind = text.get("model_type", "qwen2")
+    if kind not in DECODERS:
+        raise UserError(f"config.json: a language model of type {kind!r} is not supported ({', '.join(DECODERS)})")
+    wide = seeing.hidden * seeing.merge**2
+
+    def trunk(decoder: Decoder) -> TiledTrunk:
+        projector = Projector(wide, decoder.config.hidden, act, inner, bias)
+        return TiledTrunk(TiledTower(seeing), projector, decoder)
+
+    return VLM(DECODERS[kind](text), trunk=trunk)
 
 
 def build(config: HFConfig) -> nn.Module:
     """The module on the current default device."""
-    text = config["text_config"]
-    kind = text.get("model_type", "qwen2")
-    if kind not in DECODERS:
-        raise UserError(f"config.json: a language model of type {kind!r} is not supported ({', '.join(DECODERS)})")
-    seeing = tower(config)
-    wide = seeing.config.hidden * seeing.config.merge**2
     act = activation(config.get("projector_hidden_act", "gelu"))
-
-    def trunk(decoder: Decoder) -> TiledTrunk:
-        return TiledTrunk(seeing, Projector(wide, decoder.config.hidden, act), decoder)
-
-    return VLM(DECODERS[kind]({**text, "tie_word_embeddings": _tied(config)}), trunk=trunk)
+    return assembled(tiled(config), {**config["text_config"], "tie_word_embeddings": _tied(config)}, act)
 
 
 def _tied(config: HFConfig) -> bool:
@@ -112,7 +116,6 @@ def geometry(config: HFConfig, preprocessor: Mapping[str, Any]) -> Geometry:
     size = preprocessor.get("size") or {"height": side, "width": side}
     if (size.get("height"), size.get("width")) != (side, side):
         raise UserError(f"preprocessor_config.json: size {size} is not the {side} pixels of the tower's image_size")
-    cut = preprocessor.get("crop_to_patches", True)
     return TiledGeometry(
         patch_size=_side(vision.get("patch_size", 14)),
         merge_size=_merge(config),
@@ -121,8 +124,9 @@ def geometry(config: HFConfig, preprocessor: Mapping[str, Any]) -> Geometry:
         pad_ids={"image": config.get("image_token_id", 151667)},
         placeholder={"image": "<img><IMG_CONTEXT></img>"},
         behind="\n",
-        fewest=preprocessor.get("min_patches", 1) if cut else 1,
-        most=preprocessor.get("max_patches", 12) if cut else 1,
+        fewest=preprocessor.get("min_patches", 1),
+        most=preprocessor.get("max_patches", 12),
+        cut=bool(preprocessor.get("crop_to_patches", True)),
     )
 
 

@@ -65,7 +65,7 @@ def make_table(family: Family, config: HFConfig, dialect: str) -> Table:
 
 
 def dialects_of(family: Family) -> tuple[str, ...]:
-    """The dialects that have a layout for a family; all of them for a language model."""
+    """The dialects that have a layout for a family; all of them for a language model, none for a new pair."""
     return tuple(TOWERS[family.name]) if family.name in TOWERS else DIALECTS
 
 
@@ -236,5 +236,6 @@ TOWERS: Mapping[str, Mapping[str, AddTower]] = {
     "internvl": {"swift": _TILED_BY_SWIFT, "lm": _lm_tiled},
     "internvl_chat": {"swift": _as_released, "lm": _lm_tiled},
     "nvlm_d": {"lm": _lm_tiled},
+    "composite": {},
 }
 """How each dialect names the towers it has, by family."""
