@@ -42,19 +42,23 @@ from tessera.weights.megatron.stored import Reader, Stored, at_once
 from tessera.weights.megatron.table import Row, Table
 from tessera.weights.megatron.tiling import Shape, Tile, Tiling
 from tessera.weights.megatron.towers import make_table
-from tessera.weights.saving import Saving, bytes_of, write_index
+from tessera.weights.saving import Saving, bytes_of, some, write_index
 
 LAYOUT = "hf_layout.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What a conversion did: tensors and elements placed, and what of the source it left out, by name."""
+    """What a conversion did: tensors and elements placed, and what of the source it left out, by name.
+
+    ``rounded`` are tensors whose recorded type is narrower than the one they had: values were rounded to it.
+    """
 
     tensors: int
     parameters: int
     left_out: tuple[str, ...]
     dialect: str
+    rounded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +170,7 @@ def reshard(
     if assembled.table.dialect == options.dialect:
         # The same tensors: nothing needs to go through ours, and types of single ones are kept.
         table = make_table(family, config, options.dialect)
-        dtypes = {name: options.dtype or dtype for name, dtype in assembled.dtypes.items()}
+        dtypes = {name: _asked(name, dtype, options.dtype) for name, dtype in assembled.dtypes.items()}
         values = {name: _trimmed(assembled.tilings[name], row.shape) for name, row in table.rows.items()}
         write(root, table, values, dtypes, assembled.stored, options, config)
         return Account(len(table.rows), _elements(table), (), options.dialect)
@@ -238,7 +242,18 @@ def to_hf(
         (out / INDEX).write_text(index, "utf-8")
     else:
         write_index(out, saving.entries, None)
-    return Account(len(saving.entries), sum(prod(e.shape) for e in saving.entries.values()), left_out, "")
+    elements = sum(prod(entry.shape) for entry in saving.entries.values())
+    return Account(len(saving.entries), elements, left_out, "", _rounded(saving, placed, source))
+
+
+def _rounded(saving: Saving, placed: Mapping[str, Tiling], source: Source) -> tuple[str, ...]:
+    """Disk tensors of a type that does not hold everything that the type of their source does."""
+    found = []
+    for name, entry in saving.entries.items():
+        types = {source.dtypes[tile.source] for tile in placed[name].tiles}
+        if any(torch.promote_types(dtype, entry.dtype) != entry.dtype for dtype in types if dtype != entry.dtype):
+            found.append(name)
+    return tuple(found)
 
 
 def _disk_tensors(saving: Saving, shapes: Mapping[str, Shape]) -> dict[str, Tiling]:
@@ -265,13 +280,16 @@ def _layout(folder: Path | None) -> tuple[Checkpoint | None, str | None]:
     if folder is None:
         return None, None
     if (folder / LAYOUT).is_file():
-        held = json.loads((folder / LAYOUT).read_text("utf-8"))
-        entries = {
-            name: Entry(file, DTYPES[dtype], tuple(shape), start, end)
-            for file, fields in held["files"].items()
-            for name, (dtype, shape, start, end) in fields["tensors"].items()
-        }
-        return _Layout(folder, entries, {file: f["metadata"] for file, f in held["files"].items()}), held["index"]
+        try:
+            held = json.loads((folder / LAYOUT).read_text("utf-8"))
+            entries = {
+                name: Entry(file, DTYPES[dtype], tuple(shape), start, end)
+                for file, fields in held["files"].items()
+                for name, (dtype, shape, start, end) in fields["tensors"].items()
+            }
+            return _Layout(folder, entries, {file: f["metadata"] for file, f in held["files"].items()}), held["index"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / LAYOUT}: not readable ({error}); delete it to get released names") from error
     if any(folder.glob("*.safetensors")):
         found = Checkpoint(folder)
         index = folder / INDEX
@@ -280,8 +298,15 @@ def _layout(folder: Path | None) -> tuple[Checkpoint | None, str | None]:
 
 
 def _known(origin: Checkpoint, weightmap: WeightMap, shapes: Mapping[str, Shape]) -> tuple[Checkpoint, tuple[str, ...]]:
-    """``origin`` without what the model does not hold, packed anew; and what that is."""
-    disk = {piece.disk for name, shape in shapes.items() for piece in weightmap.pieces(name, shape)}
+    """``origin`` without what the model does not hold, packed anew; and what that is.
+
+    UserError if it is the layout of another model.
+    """
+    needed = {p.disk: p.shape(shape) for name, shape in shapes.items() for p in weightmap.pieces(name, shape)}
+    other = sorted(d for d, s in needed.items() if d not in origin.entries or origin.entries[d].shape != s)
+    if other:
+        raise UserError(f"{origin.path}: its layout is that of another model; {len(other)} differ: {some(other)}")
+    disk = set(needed)
     disk |= {copy for name in shapes for copy in weightmap.copies(name)}
     left_out = tuple(sorted(origin.entries.keys() - disk))
     if not left_out:
@@ -318,9 +343,14 @@ def widest(table: Table, ours: Mapping[str, torch.dtype], asked: torch.dtype | N
         dtype = types[0]
         for other in types[1:]:
             dtype = torch.promote_types(dtype, other)
-        buffer = name.endswith(".expert_bias")  # its type is part of its meaning
-        found[name] = asked if asked is not None and dtype.is_floating_point and not buffer else dtype
+        found[name] = _asked(name, dtype, asked)
     return found
+
+
+def _asked(name: str, found: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    """The type a Megatron tensor gets; that of a router's correction bias is part of its meaning."""
+    changes = asked is not None and found.is_floating_point and not name.endswith(".expert_bias")
+    return asked if changes and asked is not None else found
 
 
 def _elements(table: Table) -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tessera.config.errors import UserError
 from tessera.models.families import FAMILIES, family_of
 from tessera.weights.megatron import convert
 from tessera.weights.megatron.checkpoint import LEGACY, TORCH_DIST, locate
@@ -138,7 +139,12 @@ def test_parts_of_different_types_get_the_widest(tmp_path: Path) -> None:
     kinds = {name: tensor.dtype for name, tensor in dcp_tensors(locate(root).path).items()}
     assert kinds["decoder.layers.0.self_attention.linear_qkv.weight"] == torch.float32
     assert kinds["decoder.layers.1.self_attention.linear_qkv.weight"] == torch.bfloat16
-    back = load_file(model.to_hf(root, tmp_path / "back") / "model.safetensors")
+    found = convert.from_megatron(locate(root).assembled(model.family, model.config))
+    (tmp_path / "back").mkdir()
+    account = convert.to_hf(found, model.family, model.config, tmp_path / "back", layout=root)
+    # The other parts of that tensor were bfloat16 before they were widened; nobody can know that they still are.
+    assert account.rounded == ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight")
+    back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == held.keys()
     assert all(torch.equal(back[name], held[name]) and back[name].dtype == held[name].dtype for name in held)
 
@@ -175,3 +181,24 @@ def test_the_same_conversion_writes_the_same_files(tmp_path: Path) -> None:
     one, two = (model.to_megatron(tmp_path / name, Options(dialect="pai", ranks=Ranks(tp=2, ep=2))) for name in "ab")
     for file in (file for file in one.rglob("*") if file.is_file()):
         assert file.read_bytes() == (two / file.relative_to(one)).read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda text: text[:100], r"hf_layout.json: not readable"),
+        (
+            lambda text: text.replace("embed_tokens", "embedding"),
+            r"its layout is that of another model; 1 differ: model.e",
+        ),
+        (lambda text: text.replace("[512, 64]", "[500, 64]"), r"its layout is that of another model; . differ: "),
+    ],
+)
+def test_a_layout_of_something_else(tmp_path: Path, change: Callable[[str], str], line: str) -> None:
+    model = Model(tmp_path / "hf", "llama")
+    root = model.to_megatron(tmp_path / "megatron", Options(dialect="lm"))
+    layout = root / convert.LAYOUT
+    layout.write_text(change(layout.read_text()))
+    with pytest.raises(UserError, match=line):
+        model.to_hf(root, tmp_path / "back")
+    assert not list((tmp_path / "back").iterdir())
