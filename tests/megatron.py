@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from tessera.contract.model import Family
+from tessera.contract.shards import whole
 from tessera.models.families import family_of
 from tessera.weights import hf
 from tessera.weights.hf import Checkpoint
 from tessera.weights.megatron import convert
 from tessera.weights.megatron.checkpoint import locate
 from tessera.weights.megatron.options import Options
+from tessera.weights.megatron.table import Row
+from tessera.weights.megatron.tiling import Tile
 from tessera.weights.megatron.towers import dialects_of, make_table
 from tests.models import make_model_dir
 
@@ -31,17 +34,18 @@ class Model:
 
     def _empty(self) -> None:
         """Zeros for heads that are there to be shared out only: what released checkpoints have in them."""
-        for dialect in dialects_of(self.family):
-            table = make_table(self.family, self.config, dialect)
-            if table.empty:
-                values = self.ours
-                for name in table.empty:
-                    kept = torch.zeros_like(values[name])
-                    for tile in table.inverse[name].tiles:
-                        kept[tile.where] = values[name][tile.where]
-                    values[name] = kept
-                hf.save(values, self.path, self.family.weightmap(self.config, []))
-                self.reload()
+        spare = [
+            tile
+            for dialect in dialects_of(self.family)
+            for row in make_table(self.family, self.config, dialect).rows.values()
+            for tile in beyond(row)
+        ]
+        if spare:
+            values = self.ours
+            for tile in spare:
+                values[tile.source][tile.inside] = 0
+            hf.save(values, self.path, self.family.weightmap(self.config, []))
+            self.reload()
 
     def reload(self) -> None:
         """Read the directory again after it was changed by hand."""
@@ -78,6 +82,15 @@ class Model:
         assert {file.name for file in other.glob("*.safetensors*")} == names
         for name in names:
             assert (self.path / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def beyond(row: Row) -> list[Tile]:
+    """The parts of ours that are no heads that count."""
+    axis, part = row.split.axis, list(whole(row.shape))
+    if axis is None or not row.split.least or row.shape[axis] <= row.split.least:
+        return []
+    part[axis] = slice(row.split.least, row.shape[axis])
+    return list(row.tiling.within(tuple(part)))
 
 
 def dcp_tensors(folder: Path) -> dict[str, Tensor]:

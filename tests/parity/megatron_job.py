@@ -1,6 +1,6 @@
 """One rank of a Megatron job on the CPU: loads a checkpoint, says how far its logits are from given ones, saves it.
 
-    RANK=.. WORLD_SIZE=.. python megatron_job.py <checkpoint root> <config.json> <tokens and logits> <out> <ep>
+    RANK=.. WORLD_SIZE=.. python megatron_job.py <checkpoint root> <config.json> <tokens and logits> <out> <tp> <ep>
 
 Megatron asks for a CUDA device in a few places where none is needed; those calls are answered here.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -22,7 +21,8 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    root, config, answers, out, ep = (*map(Path, sys.argv[1:5]), int(sys.argv[5]))
+    root, config, answers, out = map(Path, sys.argv[1:5])
+    tp, ep = map(int, sys.argv[5:])
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_: None
     dist.init_process_group("gloo")
@@ -32,18 +32,18 @@ def main() -> None:
 
     random.CudaRNGStatesTracker.fork = lambda self, name=None: contextlib.nullcontext()
     moe_utils.te_general_gemm = None
-    world = dist.get_world_size()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=world, expert_model_parallel_size=ep, expert_tensor_parallel_size=world // ep
+        tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=1 if ep > 1 else tp
     )
+    rank = parallel_state.get_tensor_model_parallel_rank()
     fields = json.loads(config.read_text())
-    model, metadata = made(fields), {} if "mlp_only_layers" not in fields else {"non_homogeneous_layers": True}
+    model, metadata = made(fields, tp, ep), {} if "mlp_only_layers" not in fields else {"non_homogeneous_layers": True}
     folder = root / f"iter_{int((root / 'latest_checkpointed_iteration.txt').read_text()):07d}"
     if (folder / "metadata.json").exists():
         held = dist_checkpointing.load(model.sharded_state_dict(metadata=metadata), str(folder))
     else:
-        rank = f"mp_rank_{dist.get_rank():02d}" + (f"_{dist.get_rank() // (world // ep):03d}" if ep > 1 else "")
-        held = torch.load(folder / rank / "model_optim_rng.pt", weights_only=False)["model"]
+        expert = f"_{parallel_state.get_expert_model_parallel_rank():03d}" if ep > 1 else ""
+        held = torch.load(folder / f"mp_rank_{rank:02d}{expert}" / "model_optim_rng.pt", weights_only=False)["model"]
     report = model.load_state_dict(held, strict=False)
     assert not [name for name in report.missing_keys if "_extra_state" not in name], report.missing_keys
     tokens, logits = torch.load(answers)
@@ -51,7 +51,7 @@ def main() -> None:
     mask = torch.triu(torch.ones(size, size, dtype=torch.bool), 1)[None, None]
     with torch.no_grad():
         found = model.eval()(tokens, torch.arange(size)[None], mask)[0]
-    part = logits.chunk(world, -1)[dist.get_rank()]
+    part = logits.chunk(tp, -1)[rank]
     print("largest difference", (found - part).abs().max().item(), flush=True)
     folder = out / "iter_0000005"
     if dist.get_rank() == 0:
@@ -62,7 +62,7 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def made(fields: dict[str, Any]) -> Any:
+def made(fields: dict[str, Any], tp: int, ep: int) -> Any:
     """Megatron's model of a ``config.json``, of its own modules."""
     import torch
     from megatron.core.models.gpt import GPTModel
@@ -79,8 +79,8 @@ def made(fields: dict[str, Any]) -> Any:
         "layernorm_epsilon": fields["rms_norm_eps"], "hidden_dropout": 0.0, "attention_dropout": 0.0,
         "use_cpu_initialization": True, "bias_activation_fusion": False, "apply_rope_fusion": False,
         "masked_softmax_fusion": False, "bias_dropout_fusion": False,
-        "tensor_model_parallel_size": int(os.environ["WORLD_SIZE"]), "expert_model_parallel_size": int(sys.argv[5]),
-        "expert_tensor_parallel_size": int(os.environ["WORLD_SIZE"]) // int(sys.argv[5]),
+        "tensor_model_parallel_size": tp, "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": 1 if ep > 1 else tp,
     }  # fmt: skip
     if sparse:
         dense = fields["mlp_only_layers"]

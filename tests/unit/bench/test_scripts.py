@@ -16,7 +16,19 @@ sys.path.insert(0, str(ROOT))
 from bench import contestants, harness, rows  # noqa: E402
 from bench.harness import Contestant, Line, Trace  # noqa: E402
 
-SCRIPTS = ["train_step", "startup", "data", "memory", "bare", "communication", "context", "mfu", "pipeline", "tower"]
+SCRIPTS = [
+    "train_step",
+    "startup",
+    "data",
+    "memory",
+    "bare",
+    "communication",
+    "context",
+    "convert",
+    "mfu",
+    "pipeline",
+    "tower",
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

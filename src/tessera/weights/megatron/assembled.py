@@ -83,7 +83,7 @@ def assemble(found: Found, table: Table, absent: Sequence[str] = ()) -> Assemble
     missing = sorted(table.rows.keys() - called.keys())
     spared = frozenset(name for name in missing if name.startswith(tuple(absent)))
     missing = [name for name in missing if name not in spared]
-    widened, wrong = _sizes(table, {name: found.tilings[spelled].shape for name, spelled in called.items()})
+    resized, wrong = _sizes(table, {name: found.tilings[spelled].shape for name, spelled in called.items()})
     holes = sorted(name for name, spelled in called.items() if not found.tilings[spelled].is_full)
     problems = {"missing": missing, "unexpected": spare, "of another shape": wrong, "incomplete": holes}
     told = [f"{len(names)} {kind}: {some(names)}" for kind, names in problems.items() if names]
@@ -91,23 +91,24 @@ def assemble(found: Found, table: Table, absent: Sequence[str] = ()) -> Assemble
         raise UserError(f"{found.path}: tensors do not fit config.json; {'; '.join(told)}")
     tilings = {name: found.tilings[spelled] for name, spelled in called.items()}
     dtypes = {name: found.dtypes[spelled] for name, spelled in called.items()}
-    return Assembled(found.path, table.widened(widened), tilings, dtypes, found.stored, spared)
+    return Assembled(found.path, table.resized(resized), tilings, dtypes, found.stored, spared)
 
 
 def _sizes(table: Table, shapes: Mapping[str, Shape]) -> tuple[dict[str, int], list[str]]:
-    """Tensors that are longer than the model's where they may be, and those that differ otherwise."""
-    widened, wrong = {}, []
+    """Tensors that are of another length than the model's where they may be, and those that differ otherwise."""
+    resized, wrong = {}, []
     for name, shape in shapes.items():
         row = table.rows[name]
         if shape == row.shape:
             continue
         axis = row.split.axis
-        free = row.split.pads or name in (table.embedding, table.head)
+        least = row.shape[axis or 0] if name in (table.embedding, table.head) else row.split.least
         same = axis is not None and len(shape) == len(row.shape) and all(
-            one == two or (at == axis and one > two) for at, (one, two) in enumerate(zip(shape, row.shape, strict=True))
+            one == two or (at == axis and one >= least > 0)
+            for at, (one, two) in enumerate(zip(shape, row.shape, strict=True))
         )  # fmt: skip
-        if free and same and axis is not None:
-            widened[name] = shape[axis]
+        if same and axis is not None:
+            resized[name] = shape[axis]
         else:
             wrong.append(f"{name} (model {list(row.shape)}, file {list(shape)})")
-    return widened, wrong
+    return resized, wrong

@@ -39,7 +39,7 @@ from tessera.weights.megatron.checkpoint import LEGACY, TORCH_DIST, locate
 from tessera.weights.megatron.options import Options, common, stacks, vocabulary
 from tessera.weights.megatron.publish import publishing
 from tessera.weights.megatron.stored import Reader, Stored, at_once
-from tessera.weights.megatron.table import Table
+from tessera.weights.megatron.table import Row, Table
 from tessera.weights.megatron.tiling import Shape, Tile, Tiling
 from tessera.weights.megatron.towers import make_table
 from tessera.weights.saving import Saving, bytes_of, write_index
@@ -119,23 +119,10 @@ def to_megatron(source: Source, family: Family, config: HFConfig, root: Path, op
     UserError if the layout cannot be; OSError if the disk refuses (nothing is left under the iteration's name).
     """
     table = make_table(family, config, options.dialect)
-    check_empty(source, table)
     values = {name: tiling.through(source.tilings) for name, tiling in table.tilings.items()}
     dtypes = widest(table, source.dtypes, options.dtype)
     write(root, table, values, dtypes, source.stored, options, config)
     return Account(len(table.rows), _elements(table), source.left_out, options.dialect)
-
-
-def check_empty(source: Source, table: Table) -> None:
-    """UserError if a tensor has values where the table says that it is empty: they would be lost."""
-    inverse = table.inverse
-    with Reader(source.stored) as reader:
-        for name in sorted(table.empty):
-            values = reader.read(source.tilings[name]).clone()
-            for tile in inverse[name].tiles:
-                values[tile.where] = 0
-            if values.count_nonzero():
-                raise UserError(f"{source.path}: {name} has values in heads that must be zero")
 
 
 def write(
@@ -149,10 +136,11 @@ def write(
 ) -> None:
     """Write the tensors of ``table`` as an iteration below ``root``, which the tracker then names."""
     ranks = options.ranks
-    table = table.for_ranks(ranks.tp, vocabulary(table, options))
+    whole_table, table = table, table.for_ranks(ranks.tp, vocabulary(table, options))
     ranks.check(table)
-    # Tables of other ranks may have been longer: what is beyond is padding there, and here.
-    values = {name: Tiling(row.shape, values[name].tiles) for name, row in table.rows.items()}
+    with Reader(stored) as reader:
+        _check_cut(whole_table, table, values, reader)
+    values = {name: _fitted(values[name], row) for name, row in table.rows.items()}
     held = common(table, dtypes, options, config)
     with Reader(stored) as reader, publishing(root, options.iteration) as aside:
         if options.format == TORCH_DIST:
@@ -183,6 +171,25 @@ def reshard(
         write(root, table, values, dtypes, assembled.stored, options, config)
         return Account(len(table.rows), _elements(table), (), options.dialect)
     return to_megatron(source, family, config, root, options)
+
+
+def _fitted(tiling: Tiling, row: Row) -> Tiling:
+    """A tensor as long as the row of the table is."""
+    axis = row.split.axis
+    return tiling if axis is None else tiling.resized(axis, row.shape[axis])
+
+
+def _check_cut(before: Table, after: Table, values: Mapping[str, Tiling], reader: Reader) -> None:
+    """UserError if what is cut off as empty heads is not: it would be lost."""
+    for name, row in after.rows.items():
+        axis = row.split.axis
+        if axis is not None and row.shape[axis] < before.rows[name].shape[axis]:
+            part = list(whole(before.rows[name].shape))
+            part[axis] = slice(row.shape[axis], part[axis].stop)
+            if reader.read(values[name], tuple(part)).count_nonzero():
+                raise UserError(
+                    f"{name}: has values in heads that must be empty, beyond the {row.split.least} that count"
+                )
 
 
 def _trimmed(tiling: Tiling, shape: Shape) -> Tiling:

@@ -89,14 +89,15 @@ class RankFiles:
         return self.tp
 
     def _fitted(self, name: str, table: Table, pieces: Sequence[Piece]) -> Row:
-        """The table's row, as long as the shards together where it may be longer."""
+        """The table's row, as long as the shards together where it may be of another length."""
         row = table.rows[name]
         axis = row.split.axis
-        if axis is None or not (row.split.pads or name in (table.embedding, table.head)):
+        least = row.split.least or (row.shape[axis or 0] if name in (table.embedding, table.head) else 0)
+        if axis is None or not least:
             return row
         shape = self.stored[pieces[0].key].shape
         total = shape[axis] * self.tp if axis < len(shape) else 0
-        return table.widened({name: total}).rows[name] if total > row.shape[axis] else row
+        return table.resized({name: total}).rows[name] if total >= least else row
 
     def _join(self, name: str, row: Row, ranks: Ranks, pieces: Sequence[Piece], stored: dict[str, Stored]) -> Tiling:
         """The whole of a tensor in terms of the ranks' pieces."""

@@ -202,7 +202,7 @@ def _add_tower(to: Builder, depth: int, hidden: int, head: int, heads: int) -> N
             to.keep(f"{theirs}{name}", f"{ours}{name}")
         for leaf in ("weight", "bias"):
             down = ROWS if leaf == "weight" else COPIED
-            across = Split(1, unit=head, pads=True) if leaf == "weight" else COPIED
+            across = Split(1, unit=head, least=hidden) if leaf == "weight" else COPIED
             for their, own, split in (
                 ("input_layernorm", "norm1", COPIED),
                 ("pre_mlp_layernorm", "norm2", COPIED),
@@ -215,9 +215,9 @@ def _add_tower(to: Builder, depth: int, hidden: int, head: int, heads: int) -> N
             qkv = f"{ours}attn.qkv.{leaf}"
             if leaf == "weight" or qkv in to.ours:
                 parts: list[Source] = [(qkv, at * hidden, head) for at in range(3)]
-                split = Split(0, unit=3 * head, pads=True)
+                split = Split(0, unit=3 * head, least=3 * hidden)
                 to.interleave(f"{theirs}self_attention.linear_qkv.{leaf}", parts, heads, split)
         for name in ("q", "k"):
             norm = f"{ours}attn.{name}_norm.weight"
             if norm in to.ours:
-                to.keep(f"{theirs}self_attention.{name}_layernorm.weight", norm, Split(0, unit=head, pads=True))
+                to.keep(f"{theirs}self_attention.{name}_layernorm.weight", norm, Split(0, unit=head, least=hidden))

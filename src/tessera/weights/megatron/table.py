@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from tessera.contract.shards import whole
 from tessera.models.decoder import DecoderConfig
-from tessera.weights.megatron.tiling import Shape, Tile, Tiling, extents, inverted, overlapping, uncovered
+from tessera.weights.megatron.tiling import Shape, Tile, Tiling, inverted, overlapping, uncovered
 
 Source = tuple[str, int, int]
 """Rows of one of our tensors: its name, the first row, how many."""
@@ -26,15 +26,15 @@ Source = tuple[str, int, int]
 class Split:
     """How tensor ranks divide a tensor: dimension ``axis`` (None: every rank has all of it) in steps of ``unit``.
 
-    ``blocks`` parts that lie one after the other (gate, up) are divided each for itself. Where units (heads) do not
-    divide, there are empty ones at the end if readers have it so (``pads``). ``experts``: dimension 0 counts experts,
-    which expert ranks divide among them.
+    ``blocks`` parts that lie one after the other (gate, up) are divided each for itself. ``experts``: dimension 0
+    counts experts, which expert ranks divide among them. ``least``: only so much along ``axis`` need be there; what
+    follows are empty heads, as many as make the number of heads a multiple of the ranks (0: all is needed).
     """
 
     axis: int | None = None
     unit: int = 1
     blocks: int = 1
-    pads: bool = False
+    least: int = 0
     experts: bool = False
 
 
@@ -67,8 +67,7 @@ class Table:
     """All tensors of a model in one dialect.
 
     ``ours`` are the shapes of our tensors by our names, ``language`` is what precedes the decoder's names there,
-    ``decoder`` its configuration (None: the checkpoint is a tower alone). ``empty`` are those of ours whose last rows
-    or columns have no place, because they are zero: heads that only make their number even.
+    ``decoder`` its configuration (None: the checkpoint is a tower alone).
     """
 
     dialect: str
@@ -76,7 +75,6 @@ class Table:
     rows: Mapping[str, Row]
     language: str
     decoder: DecoderConfig | None
-    empty: frozenset[str] = frozenset()
 
     @property
     def layers(self) -> int:
@@ -118,28 +116,25 @@ class Table:
         """The output layer, which is not there if it is the embedding."""
         return f"{self.language}output_layer.weight"
 
-    def widened(self, sizes: Mapping[str, int]) -> Table:
-        """The same with these tensors longer along the dimension that ranks divide; what is added is zero."""
+    def resized(self, sizes: Mapping[str, int]) -> Table:
+        """The same with these tensors so long along the dimension that ranks divide; what is added is zero."""
         rows = dict(self.rows)
         for name, size in sizes.items():
             axis = rows[name].split.axis
-            assert axis is not None and size >= rows[name].shape[axis], f"{name} cannot be made {size} long"
-            shape = rows[name].shape
-            tiling = Tiling((*shape[:axis], size, *shape[axis + 1 :]), rows[name].tiling.tiles)
-            rows[name] = replace(rows[name], tiling=tiling)
+            assert axis is not None, f"{name} is not divided"
+            rows[name] = replace(rows[name], tiling=rows[name].tiling.resized(axis, size))
         return replace(self, rows=rows)
 
     def for_ranks(self, tp: int, vocabulary: int | None = None) -> Table:
-        """The same with empty heads where ``tp`` ranks need them, and a vocabulary of so many rows."""
+        """The same with as many empty heads as ``tp`` ranks need, and a vocabulary of so many rows."""
         sizes = {}
         for name, row in self.rows.items():
-            if row.split.pads:
-                assert row.split.axis is not None
-                size, step = row.shape[row.split.axis], row.split.unit * tp
-                sizes[name] = -(-size // step) * step
+            if row.split.least:
+                step = row.split.unit * tp
+                sizes[name] = -(-row.split.least // step) * step
         if vocabulary is not None:
             sizes |= {name: vocabulary for name in (self.embedding, self.head) if name in self.rows}
-        return self.widened(sizes)
+        return self.resized(sizes)
 
 
 @dataclass(slots=True)
@@ -148,7 +143,6 @@ class Builder:
 
     ours: Mapping[str, Shape]
     rows: dict[str, Row] = field(default_factory=dict)
-    empty: set[str] = field(default_factory=set)
 
     def keep(
         self,
@@ -159,21 +153,11 @@ class Builder:
         layer: int | None = None,
         last: bool = False,
         shape: Shape | None = None,
-        first: int | None = None,
     ) -> None:
-        """A tensor as it is, under another name.
-
-        ``shape`` may leave out dimensions of extent 1 in front. Of the dimension that is divided only the ``first``
-        rows or columns are kept; the others are empty.
-        """
+        """A tensor as it is, under another name; ``shape`` may leave out dimensions of extent 1 in front."""
         full = self.ours[ours]
-        kept = list(whole(full))
-        if first is not None and split.axis is not None and first < full[split.axis]:
-            kept[split.axis] = slice(0, first)
-            self.empty.add(ours)
-        target = extents(tuple(kept)) if shape is None else shape
-        tiling = Tiling(target, (Tile(ours, tuple(kept), whole(target)),))
-        self.add(theirs, Row(tiling, split, layer, last))
+        target = full if shape is None else shape
+        self.add(theirs, Row(Tiling(target, (Tile(ours, whole(full), whole(target)),)), split, layer, last))
 
     def join(self, theirs: str, ours: Sequence[str], split: Split, *, layer: int | None = None) -> None:
         """Tensors one after the other along dimension 0."""
@@ -184,7 +168,7 @@ class Builder:
     ) -> None:
         """Rows of several tensors in turn: per group, so many of the first, of the second, ...
 
-        A part is (name, first row, rows per group). A tensor with more rows than the groups take has empty ones.
+        A part is (name, first row, rows per group).
         """
         rest = self.ours[parts[0][0]][1:]
         tiles, at = [], 0
@@ -193,10 +177,6 @@ class Builder:
                 inside = (slice(first + group * rows, first + (group + 1) * rows), *whole(rest))
                 tiles.append(Tile(name, inside, (slice(at, at + rows), *whole(rest))))
                 at += rows
-        taken: dict[str, int] = {}
-        for name, _, rows in parts:
-            taken[name] = taken.get(name, 0) + groups * rows
-        self.empty |= {name for name, rows in taken.items() if rows < self.ours[name][0]}
         self.add(theirs, Row(Tiling((at, *rest), tuple(tiles)), split, layer))
 
     def add(self, theirs: str, row: Row) -> None:
@@ -206,8 +186,8 @@ class Builder:
 
     def table(self, dialect: str, language: str, decoder: DecoderConfig | None) -> Table:
         """The finished table; every element of ours must have exactly one place."""
-        table = Table(dialect, self.ours, self.rows, language, decoder, frozenset(self.empty))
-        wrong = uncovered({name: tiling for name, tiling in table.inverse.items() if name not in self.empty})
+        table = Table(dialect, self.ours, self.rows, language, decoder)
+        wrong = uncovered(table.inverse)
         assert not wrong, f"{dialect}: without a place, or with two: {wrong[:4]}"
         assert not any(overlapping(row.tiling.tiles) for row in self.rows.values()), f"{dialect}: tiles overlap"
         return table

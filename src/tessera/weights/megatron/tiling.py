@@ -109,6 +109,12 @@ class Tiling:
                 inside = tile.seen_through(shared)
                 yield Tile(tile.source, inside, shared, tile.turned)
 
+    def resized(self, dim: int, size: int) -> Tiling:
+        """The same with ``size`` places along a dimension: what is beyond is cut off, what is added is padding."""
+        shape = (*self.shape[:dim], size, *self.shape[dim + 1 :])
+        kept = whole((*self.shape[:dim], min(size, self.shape[dim]), *self.shape[dim + 1 :]))
+        return Tiling(shape, tuple(self.within(kept)))
+
     @property
     def covered(self) -> int:
         """How many elements have a source."""

@@ -14,6 +14,7 @@ overlaps are opened, and of those only its bytes are read. Optimizer and random 
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -75,6 +76,7 @@ class Chunks(Mapping[str, Stored]):
 
 def read(path: Path) -> Found:
     """The tensors of the directory ``path`` (an ``iter_*`` or ``release``); headers are read, data is not."""
+    _check_backend(path / "metadata.json")
     tensors = _metadata(path)
     _check_files(path, tensors)
     chunks = {
@@ -95,6 +97,18 @@ def read(path: Path) -> Found:
     tilings = {name: tiling.through(whole_ones) for name, tiling in canonical.items()}
     types = {name: dtypes[tiling.tiles[0].source] for name, tiling in canonical.items()}
     return Found(path, tilings, types, Chunks(path, chunks))
+
+
+def _check_backend(file: Path) -> None:
+    """UserError if the directory says that it is of another format."""
+    if not file.is_file():
+        return
+    try:
+        kind = json.loads(file.read_text("utf-8")).get("sharded_backend", "torch_dist")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: not a readable JSON file ({error})") from error
+    if kind != "torch_dist":
+        raise UserError(f"{file}: format {kind} is not supported; save it with --ckpt-format torch_dist or torch")
 
 
 def common(path: Path) -> Mapping[str, Any]:

@@ -198,8 +198,8 @@ def _lm_tiled(to: Builder, module: VLM, released: WeightMap) -> None:
 
 
 def _tiled_layer(to: Builder, ours: str, theirs: str, hidden: int, heads: int) -> None:
-    """One layer. Where tensor ranks do not divide the heads, empty heads fill them up there; ours, if any, go."""
-    head, wide = hidden // heads, hidden
+    """One layer. Where tensor ranks do not divide the heads there are empty ones, as there may be in ours."""
+    head = hidden // heads
     attention, their = f"{ours}attention.", f"{theirs}self_attention."
     for one, two in {"lambda_1": "ls1", "lambda_2": "ls2"}.items():
         to.keep(f"{theirs}{two}", f"{ours}{one}")
@@ -208,16 +208,17 @@ def _tiled_layer(to: Builder, ours: str, theirs: str, hidden: int, heads: int) -
         _keep(to, f"{theirs}pre_mlp_layernorm.{leaf}", f"{ours}layernorm_after.{leaf}")
         if f"{attention}q_proj.{leaf}" in to.ours:
             parts: list[Source] = [(f"{attention}{name}_proj.{leaf}", 0, head) for name in "qkv"]
-            to.interleave(f"{their}linear_qkv.{leaf}", parts, heads, Split(0, unit=3 * head, pads=True))
+            all_heads = to.ours[parts[0][0]][0] // head
+            to.interleave(f"{their}linear_qkv.{leaf}", parts, all_heads, Split(0, unit=3 * head, least=3 * hidden))
         if f"{attention}projection_layer.{leaf}" in to.ours:
-            across = Split(1, unit=head, pads=True) if leaf == "weight" else COPIED
-            to.keep(f"{their}linear_proj.{leaf}", f"{attention}projection_layer.{leaf}", across, first=wide)
+            across = Split(1, unit=head, least=hidden) if leaf == "weight" else COPIED
+            to.keep(f"{their}linear_proj.{leaf}", f"{attention}projection_layer.{leaf}", across)
         to.keep(f"{theirs}mlp.linear_fc1.{leaf}", f"{ours}mlp.fc1.{leaf}", COLUMNS)
         to.keep(f"{theirs}mlp.linear_fc2.{leaf}", f"{ours}mlp.fc2.{leaf}", ROWS if leaf == "weight" else COPIED)
     for name in "qk":
         if f"{attention}{name}_norm.weight" in to.ours:
-            own, split = f"{attention}{name}_norm.weight", Split(0, unit=head, pads=True)
-            to.keep(f"{their}{name}_layernorm.weight", own, split, first=wide)
+            own, split = f"{attention}{name}_norm.weight", Split(0, unit=head, least=hidden)
+            to.keep(f"{their}{name}_layernorm.weight", own, split)
 
 
 _SEEN_BY_SWIFT = _as_it_is({OURS: "visual.visual."})

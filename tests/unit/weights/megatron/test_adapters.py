@@ -65,7 +65,7 @@ def converted(tmp_path: Path, name: str, options: Options) -> tuple[Path, Family
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_vl", "glm4v_moe", "internvl"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "internvl"])
 def test_there_and_back(tmp_path: Path, name: str, shared: bool, tp: int) -> None:
     made = peft_adapter(tmp_path / "peft", name, shared=shared)
     root, family, config = converted(tmp_path, name, Options(dialect="swift", ranks=Ranks(tp=tp)))

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tessera.config.errors import UserError
 from tessera.weights.megatron import archive
 from tessera.weights.megatron.checkpoint import LEGACY, locate
 from tessera.weights.megatron.options import Options
@@ -237,3 +238,22 @@ def test_a_padded_vocabulary_is_zero_and_cut_again(tmp_path: Path) -> None:
     assert held["output_layer.weight"].shape[0] == 600 and not held["output_layer.weight"][512:].any()
     assert locate(root).args.padded_vocab_size == 600  # type: ignore[union-attr]
     model.same_weights(model.to_hf(root, tmp_path / "back"))
+
+
+def test_spare_heads_go_if_they_are_empty(tmp_path: Path) -> None:
+    """Two heads that count and six that do not: files of two ranks have two. What has values is not dropped."""
+    model = Model(tmp_path / "hf", "NVLM_D")
+    stem = "model.vision_tower.encoder.layer.0.attention."
+    assert model.ours[f"{stem}q_proj.weight"].shape == (8 * 16, 32)
+    root = model.to_megatron(tmp_path / "m", Options(dialect="lm", format=LEGACY, ranks=Ranks(tp=2)))
+    theirs = "vision_model.decoder.layers.0.self_attention.linear_qkv.weight"
+    assert rank_tensors(root, 0)[theirs].shape == (48, 32)
+    model.same_weights(model.to_hf(root, tmp_path / "back"))
+    file = model.path / "model.safetensors"
+    held = load_file(file)
+    name = next(key for key in held if key.endswith("layers.0.attn.q_norm.weight"))
+    held[name][-1] = 1
+    save_file(held, file, metadata={"format": "pt"})
+    model.reload()
+    with pytest.raises(UserError, match=r"q_layernorm.weight: has values in heads that must be empty, beyond the 32"):
+        model.to_megatron(tmp_path / "full", Options(dialect="lm", format=LEGACY, ranks=Ranks(tp=2)))

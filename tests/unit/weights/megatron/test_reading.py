@@ -212,6 +212,8 @@ def damaged(model: Model, root: Path, damage: str) -> dict[str, Any]:
             (folder / ".metadata").write_bytes(b"junk")
         case "code":
             (folder / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+        case "another format":
+            (folder / "metadata.json").write_text('{"sharded_backend": "zarr"}')
         case "bad tracker":
             (root / "latest_checkpointed_iteration.txt").write_text("newest")
         case "tracker names nothing":
@@ -237,6 +239,7 @@ LINES = {
     "no metadata": r"has no .metadata: the checkpoint was not finished",
     "bad metadata": r".metadata: not a readable pickle",
     "code": r".metadata: asks for os.system, which is neither a tensor nor a plain container",
+    "another format": r"metadata.json: format zarr is not supported; save it with --ckpt-format torch_dist or torch",
     "bad tracker": r'latest_checkpointed_iteration.txt: expected an iteration or "release", found \'newest\'',
     "tracker names nothing": r"iter_0000077: is missing, although .* names it",
     "overwritten": r"distcp: not a file that torch.save writes",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,18 @@ CASES = [
     for name, family in ((name, family_of({"model_type": name})) for name in FAMILIES)
     for dialect in (dialects_of(family) if family.name in TOWERS else ("swift",))
 ]
-LAYOUTS: list[dict[str, Any]] = [
-    {"format": TORCH_DIST, "stacked": True},
-    {"format": TORCH_DIST, "stacked": False, "ranks": Ranks(tp=2, pp=3, ep=2)},
-    {"format": LEGACY, "ranks": Ranks(tp=2, pp=3, ep=2), "iteration": None},
-    {"format": LEGACY, "ranks": Ranks(tp=2, ep=2, etp=1, pp=2, stages=(1, 2)), "local": True},
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "stacked": {"format": TORCH_DIST, "stacked": True},
+    "per_layer": {"format": TORCH_DIST, "stacked": False, "ranks": Ranks(tp=2, pp=3, ep=2)},
+    "ranks": {"format": LEGACY, "ranks": Ranks(tp=2, pp=3, ep=2), "iteration": None},
+    "uneven": {"format": LEGACY, "ranks": Ranks(tp=2, ep=2, etp=1, pp=2, stages=(1, 2)), "local": True},
+}
+RUNS = [
+    (name, dialect, layout)
+    for name, dialect in CASES
+    for layout in LAYOUTS
+    # Dialects that keep a tower as it is differ in nothing but its prefix.
+    if dialect in ("pai", "lm") or name not in TOWERS or layout in ("stacked", "ranks")
 ]
 
 
@@ -40,10 +49,15 @@ def fitting(layout: dict[str, Any], name: str) -> Options:
     return Options(**{**layout, "ranks": ranks})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout['format']}-{layout.get('ranks', Ranks()).tp}")
-@pytest.mark.parametrize(("name", "dialect"), CASES)
-def test_there_and_back(tmp_path: Path, name: str, dialect: str, layout: dict[str, Any]) -> None:
-    model = Model(tmp_path / "hf", name)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    """One tiny model of each family, made when it is first asked for."""
+    return lru_cache(maxsize=None)(lambda name: Model(tmp_path_factory.mktemp(name) / "hf", name))
+
+
+@pytest.mark.parametrize(("name", "dialect", "kind"), RUNS)
+def test_there_and_back(tmp_path: Path, models: Callable[[str], Model], name: str, dialect: str, kind: str) -> None:
+    model, layout = models(name), LAYOUTS[kind]
     options = fitting({**layout, "dialect": dialect}, name)
     root = model.to_megatron(tmp_path / "megatron", options)
     found = locate(root)
@@ -73,8 +87,7 @@ def test_shards_and_index_come_back(tmp_path: Path, name: str) -> None:
     whole.same_weights(whole.to_hf(root, tmp_path / "back"))
 
 
-@pytest.mark.parametrize("before", [TORCH_DIST, LEGACY])
-@pytest.mark.parametrize("after", [TORCH_DIST, LEGACY])
+@pytest.mark.parametrize(("before", "after"), [(TORCH_DIST, LEGACY), (LEGACY, TORCH_DIST)])
 def test_from_any_ranks_to_any_others(tmp_path: Path, before: str, after: str) -> None:
     model = Model(tmp_path / "hf", "qwen3_vl_moe")
     one = Options(dialect="pai", format=before, ranks=Ranks(tp=2, pp=1, ep=4), vocab_divisor=96)
