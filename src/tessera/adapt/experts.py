@@ -85,12 +85,16 @@ class ExpertLora(Divisible):
     def merged(self) -> Experts:
         """The experts with their adapters added, in float32 and then in their own type."""
         for part in PARTS:
-            weight = self.base_layer.get_parameter(part)
-            a, b = self.get_parameter(f"lora_A_{part}"), self.get_parameter(f"lora_B_{part}")
-            # One expert at a time: the stack in float32 would be as large as the layer twice over.
-            for matrix, first, second in zip(weight.data, a, b, strict=True):
-                matrix.copy_(matrix.float() + self.scaling * (second.float() @ first.float()))
+            self.add(part, self.base_layer.get_parameter(part).data)
         return self.base_layer
+
+    @torch.no_grad()
+    def add(self, part: str, weight: Tensor) -> None:
+        """Add the adapter of ``part`` to the values ``weight``, in place."""
+        a, b = self.get_parameter(f"lora_A_{part}"), self.get_parameter(f"lora_B_{part}")
+        # One expert at a time: the stack in float32 would be as large as the layer twice over.
+        for matrix, first, second in zip(weight, a, b, strict=True):
+            matrix.copy_(matrix.float() + self.scaling * (second.float() @ first.float()))
 
 
 class RouterLora(Divisible):
@@ -125,9 +129,14 @@ class RouterLora(Divisible):
     @torch.no_grad()
     def merged(self) -> Router:
         """The router with its adapter added, in float32 and then in its own type."""
-        weight = self.base_layer.weight.data
-        weight.copy_(weight.float() + self.scaling * (self.lora_B_weight.float() @ self.lora_A_weight.float()))
+        self.add("weight", self.base_layer.weight.data)
         return self.base_layer
+
+    @torch.no_grad()
+    def add(self, part: str, weight: Tensor) -> None:
+        """Add the adapter to the values ``weight``, in place; a router has nothing else that is adapted."""
+        if part == "weight":
+            weight.copy_(weight.float() + self.scaling * (self.lora_B_weight.float() @ self.lora_A_weight.float()))
 
 
 def routers_in(model: nn.Module) -> tuple[str, ...]:

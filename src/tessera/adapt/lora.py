@@ -113,7 +113,7 @@ def inject(model: nn.Module, targets: Targets, saved: Sequence[str], args: Adapt
         # peft has no dropout for experts, and its files have one for all; see adapt/experts.py.
         config.lora_dropout = 0.0
     _inject(model, config, quantised=quantised, nothing=not targets.names)
-    adapted = {name for name, _ in _lora_layers(model)}
+    adapted = {name for name, _ in layers_in(model)}
     assert adapted == set(targets.names), f"peft adapted {adapted ^ set(targets.names)} differently"
     experts.wrap(model, targets.stacks, config.r, _scaling(config))
     _train_whole(model, saved)
@@ -128,7 +128,7 @@ def initialise(model: nn.Module, seed: int, shards: Shards = WHOLE) -> None:
 
     The weights beside them must have theirs (DoRA starts at the norms of their rows).
     """
-    for name, layer in _lora_layers(model):
+    for name, layer in layers_in(model):
         _initialise(layer, name, seed, shards)
     for name, stack in experts.wrapped_in(model):
         stack.initialise(name, seed, shards)
@@ -167,7 +167,7 @@ def _inject(model: nn.Module, config: LoraConfig, *, quantised: bool, nothing: b
 
     ``nothing``: there is no layer to adapt, which peft refuses, and all that is left is to freeze the model.
     """
-    if next(_lora_layers(model), None) is not None or experts.wrapped_in(model):
+    if next(layers_in(model), None) is not None or experts.wrapped_in(model):
         raise UserError(
             "--adapters: this model has an adapter already; merge one (tessera export) before adding another"
         )
@@ -186,7 +186,7 @@ def _inject(model: nn.Module, config: LoraConfig, *, quantised: bool, nothing: b
     for name, parameter in model.named_parameters():
         if _is_adapter(name):
             parameter.data = parameter.data.float()
-    for _, layer in _lora_layers(model):
+    for _, layer in layers_in(model):
         layer.lora_A[_NAME], layer.lora_B[_NAME] = _spread(layer.lora_A[_NAME]), _spread(layer.lora_B[_NAME])
         if _NAME in layer.lora_magnitude_vector and not quantised:
             layer.lora_magnitude_vector[_NAME] = Dora(layer.lora_magnitude_vector[_NAME].weight)
@@ -199,7 +199,7 @@ def _spread(plain: nn.Linear) -> Linear:
     return linear
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def layers_in(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, layer) of every adapted module; a layer is told by the children that only peft's layers have."""
     for name, module in model.named_modules():
         children = dict(module.named_children())
@@ -437,7 +437,7 @@ def merge(model: nn.Module) -> int:
     Afterwards modules have their plain names again. A quantised base is refused: rounding the sum to four bits would
     lose most of what was learnt.
     """
-    layers = list(_lora_layers(model))
+    layers = list(layers_in(model))
     for name, layer in layers:
         if is_quantised(layer.get_base_layer()):
             raise UserError(
@@ -446,12 +446,9 @@ def merge(model: nn.Module) -> int:
             )
     for name, layer in layers:
         base = layer.get_base_layer()
-        merged = _merged_weight(layer)
-        base.weight.data = merged.to(base.weight.dtype)
-        extra = layer.lora_B[_NAME].bias
-        if extra is not None:
-            assert base.bias is not None, f"{name}: peft refuses lora_bias on a layer without a bias"
-            base.bias.data += (extra * layer.scaling[_NAME]).to(base.bias.dtype)
+        base.weight.data = merged_weight(layer, _weight(layer)).to(base.weight.dtype)
+        if base.bias is not None:
+            base.bias.data = merged_bias(layer, base.bias.data).to(base.bias.dtype)
         model.set_submodule(name, base)
     stacks = experts.wrapped_in(model)
     for name, stack in stacks:
@@ -459,11 +456,19 @@ def merge(model: nn.Module) -> int:
     return len(layers) + len(stacks)
 
 
-def _merged_weight(layer: Any) -> Tensor:
-    """``W + scale B A`` in float32; with DoRA its rows rescaled to the learnt magnitudes."""
+@torch.no_grad()
+def merged_weight(layer: Any, weight: Tensor) -> Tensor:
+    """``W + scale B A`` in float32 for the ``weight`` of an adapted layer; with DoRA, rows as long as it learnt."""
     update = layer.lora_B[_NAME].weight.float() @ layer.lora_A[_NAME].weight.float()
-    weight = _weight(layer) + layer.scaling[_NAME] * update
+    merged = weight.float() + layer.scaling[_NAME] * update
     if _NAME in layer.lora_magnitude_vector:
         magnitude = layer.lora_magnitude_vector[_NAME].weight.float()
-        weight *= (magnitude / torch.linalg.norm(weight, dim=1)).unsqueeze(1)
-    return weight
+        merged *= (magnitude / torch.linalg.norm(merged, dim=1)).unsqueeze(1)
+    return merged
+
+
+@torch.no_grad()
+def merged_bias(layer: Any, bias: Tensor) -> Tensor:
+    """The ``bias`` of an adapted layer with the adapter's own, if it has one."""
+    extra = layer.lora_B[_NAME].bias
+    return bias if extra is None else bias + (extra * layer.scaling[_NAME]).to(bias.dtype)

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,15 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _remove(aside: Path) -> None:
+    """Remove a directory into which other ranks, who don't know yet that it is in vain, may still be writing."""
+    for _ in range(20):
+        shutil.rmtree(aside, ignore_errors=True)
+        if not aside.exists():
+            return
+        time.sleep(0.05)
 
 
 def _flush_tree(root: Path) -> None:
@@ -158,7 +168,7 @@ class Store:
                 if self.mirror is not None:
                     self.mirror.write(final, step)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
             kept = checkpoints(self.run_dir)
             rest = f"{kept[-1].name} is untouched" if kept else "there was no earlier checkpoint"
             raise UserError(

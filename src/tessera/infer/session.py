@@ -207,13 +207,19 @@ def attach(
         kept = door.read_json(Path(directory) / lora.CONFIG_FILE).get("modules_to_save") or ()
         keep = lora.modules_to_save(module, kept, str.endswith)  # as peft reads its own file
         quantised = quant.quantise(module, source.plan.groups, quantisation, keep=keep)
+    rename = renaming(source, module)
+    lora.load_adapter(module, directory, source.plan.groups, trainable=False, quantised=quantised, rename=rename)
+
+
+def renaming(source: door.Source, module: nn.Module) -> Callable[[str], str]:
+    """What a tensor of an adapter, named as some file names it, is called in ``module``."""
     known = {name for name, _ in module.named_modules()}
 
     def rename(name: str) -> str:
         owner = re.split(r"\.lora_", name)[0] if ".lora_" in name else name.rpartition(".")[0]
-        return name if owner in known else source.weightmap.to_ours(name)
+        return name if owner in known else source.disk_names.to_ours(name)
 
-    lora.load_adapter(module, directory, source.plan.groups, trainable=False, quantised=quantised, rename=rename)
+    return rename
 
 
 def encoder_of(run: Run, source: door.Source) -> Encoder:

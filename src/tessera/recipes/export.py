@@ -9,8 +9,9 @@ processor, chat template, and the ``args.json`` of the training, so that ``infer
 The pixel limits of training go into the processor's config, because whoever loads the model with another tool would
 otherwise show it images of another size than it has learnt from.
 
-The adapter is added in float32 and rounded once, to the dtype that is written. Everything is written into a hidden
-directory that gets its name at the very end: an export that is interrupted leaves nothing that looks like one.
+The adapter is added in float32 and rounded once, to the dtype that is written; one tensor is held at a time, so the
+model may be larger than the memory. Everything is written into a hidden directory that gets its name at the very end:
+an export that is interrupted leaves nothing that looks like one.
 """
 
 from __future__ import annotations
@@ -25,15 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tessera.adapt import lora
+from tessera.adapt import lora, merging
 from tessera.checkpoint import open as door
 from tessera.checkpoint.store import write_json
 from tessera.config.errors import UserError
 from tessera.config.run import Run
 from tessera.contract.model import Geometry, dtype_of
-from tessera.infer.session import attach
+from tessera.contract.shards import WHOLE
+from tessera.infer.session import renaming
 from tessera.weights import hf, hub
+from tessera.weights.saving import Saving
 
 ARGS_FILE = "args.json"
 LIMITS = ("max_pixels", "min_pixels", "max_num", "use_tiling")
@@ -83,26 +87,39 @@ def write(run: Run) -> Path:
     if run.dry_run:
         return out
     dtype = dtype_of(run.model.torch_dtype) if _asked(run, "torch_dtype") and run.model.torch_dtype else None
-    module = door.load(source, dtype=_stored(source) if dtype is None else dtype, device=torch.device("cpu"))
-    if run.export.merge_lora:
-        attach(source, module, run.model.adapters[0])
-        merged = lora.merge(module)
-        print(f"merged {merged} adapted layers of {run.model.adapters[0]} into {source.location}", flush=True)
+    shapes, values = tensors_of(run, source)
     resharded = _asked(run, "max_shard_size") or source.origin is None
+    types = {name: source.checkpoint.entries[source.weightmap.to_disk(name)].dtype for name in shapes}
+    meta = {name: torch.empty(shape, dtype=types[name], device="meta") for name, shape in shapes.items()}
+    origin, limit = None if resharded else source.origin, run.save.max_shard_size
+    saving = Saving.of(meta, source.disk_names, origin=origin, dtype=dtype, max_shard_size=limit)
     with appearing(out) as aside:
-        hf.save(
-            module.state_dict(),
-            aside,
-            source.disk_names,
-            source=None if resharded else source.origin,
-            dtype=dtype,
-            max_shard_size=run.save.max_shard_size,
-        )
+        saving.write(aside, values)
         if resharded:
             hf.copy_side_files(source.path, aside, dtype)
         limit_processor(aside, run, source.geometry)
         write_json(aside / ARGS_FILE, args_of(run, source.location))
     return out
+
+
+def tensors_of(run: Run, source: door.Source) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
+    """The shapes of the model's tensors by our names, and what gives each of them, with the adapter added in if asked.
+
+    One tensor is held at a time: the model may be larger than the memory.
+    """
+    with torch.device("meta"):
+        module = source.family.build(source.config)
+    shapes = hf.shapes_of(module)
+    read = hf.reader(source.checkpoint, source.weightmap, shapes)
+    if not run.export.merge_lora:
+        return shapes, read
+    directory, rename = run.model.adapters[0], renaming(source, module)
+    made, fill = lora.attach(module, directory, source.plan.groups, trainable=False, rename=rename)
+    merging.give_memory(module, made.saved)
+    fill(module, WHOLE)
+    merged = merging.Merged(module, read)
+    print(f"merging {merged.adapted} adapted layers of {directory} into {source.location}", flush=True)
+    return shapes, merged.value
 
 
 def limit_processor(directory: Path, run: Run, geometry: Geometry) -> None:
@@ -169,11 +186,6 @@ def _unchanged(run: Run) -> Path | None:
 def _asked(run: Run, flag: str) -> bool:
     """Whether the user set ``flag`` for this export, rather than training, long ago."""
     return run.provenance[flag] in ("flag", "yaml", "env")
-
-
-def _stored(source: door.Source) -> Callable[[str], torch.dtype]:
-    """The dtype of each parameter in the checkpoint: loading and saving lose nothing."""
-    return lambda name: source.checkpoint.entries[source.weightmap.to_disk(name)].dtype
 
 
 def check_free(out: Path, *, exist_ok: bool) -> None:

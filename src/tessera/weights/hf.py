@@ -163,6 +163,25 @@ def load(
     return LoadReport(len(places), parameters, left_out)
 
 
+def reader(
+    checkpoint: Checkpoint, weightmap: WeightMap, shapes: Mapping[str, tuple[int, ...]]
+) -> Callable[[str], Tensor]:
+    """What reads one tensor of a model by our name, as it is stored; every tensor is accounted for first."""
+    weightmap = weightmap.settled(shapes, {name: entry.shape for name, entry in checkpoint.entries.items()})
+    account(shapes, checkpoint, weightmap)
+    pieces = {name: weightmap.pieces(name, shape) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        for copy in weightmap.copies(name):
+            check_copy(checkpoint, copy, pieces[name][0].disk, whole(shape))
+
+    def read(name: str) -> Tensor:
+        value = torch.empty(shapes[name], dtype=checkpoint.entries[pieces[name][0].disk].dtype)
+        _fill(value, regions(checkpoint, pieces[name], whole(shapes[name])))
+        return value
+
+    return read
+
+
 def _register(placed: Tensor, old: Tensor, owners: Sequence[tuple[nn.Module, str]]) -> None:
     """Put ``placed`` where ``old`` was."""
     for owner, leaf in owners:

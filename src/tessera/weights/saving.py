@@ -142,15 +142,17 @@ class Saving:
         shares = {name: Share(share.part, copy(name, share.values)) for name, share in self.shares.items()}
         return replace(self, shares=shares)
 
-    def write(self, out_dir: Path) -> None:
+    def write(self, out_dir: Path, values: Callable[[str], Tensor] | None = None) -> None:
         """Write this rank's part into the existing, empty directory ``out_dir``; OSError if the disk refuses.
 
-        Ranks don't wait for each other: the files are complete when all of them have returned.
+        ``values`` gives tensors when they are written, by our names, if those of the plan have none. Ranks don't wait
+        for each other: the files are complete when all of them have returned.
         """
         with ExitStack() as stack:
             metadata = self.origin.metadata if self.origin else {}
             writer = Writer(out_dir, self.entries, metadata, stack, creates=self.creates)
-            for name, share in self.shares.items():
+            for name, planned in self.shares.items():
+                share = planned if values is None else replace(planned, values=values(name))
                 for piece in self.pieces[name]:
                     _put(writer, piece, share)
             if self.origin is not None and self.creates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tessera.infer.session import attach
 from tessera.models.vlm import VLM
 from tessera.recipes import export
 from tessera.weights import hf
+from tessera.weights.saving import Saving
 from tests.disk import save_checkpoint
 from tests.parity import reference as ref
 from tests.stubhub import TOKEN, running
@@ -166,14 +168,14 @@ def test_existing_directory(base: Path, tmp_path: Path) -> None:
 def test_an_interrupted_export_leaves_nothing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:
-    def half_written(tensors: Any, out_dir: Path, *args: Any, **kwargs: Any) -> None:
+    def half_written(saving: Saving, out_dir: Path, *args: Any) -> None:
         (out_dir / "model.safetensors").write_bytes(b"half")
         raise failure
 
     out = tmp_path / "out"
     export.main(exporting("--model", base, "--output_dir", out))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr(hf, "save", half_written)
+    monkeypatch.setattr(Saving, "write", half_written)
     expected = UserError if isinstance(failure, OSError) else KeyboardInterrupt
     for target in (tmp_path / "new", out):
         with pytest.raises(expected):
@@ -269,3 +271,26 @@ def test_module_is_untouched_after_merge(base: Path, tmp_path: Path) -> None:
     out = export.main(exporting("--adapters", adapter, "--merge_lora", "true"))
     assert hf.Checkpoint(out).names == hf.Checkpoint(base).names
     assert all(type(module) is not nn.ModuleDict or "default" not in module for module in opened(out).modules())
+
+
+def test_a_merge_holds_one_tensor_at_a_time(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever writes asks for a tensor, writes it and asks for the next one; the model never has memory."""
+    alive: list[int] = []
+    held: list[Any] = []
+    read = hf.reader
+
+    def watched(*args: Any) -> Any:
+        inner = read(*args)
+
+        def one(name: str) -> torch.Tensor:
+            value = inner(name)
+            held.append(weakref.ref(value))
+            alive.append(sum(reference() is not None for reference in held))
+            return value
+
+        return one
+
+    monkeypatch.setattr(hf, "reader", watched)
+    adapter = write_adapter(base, tmp_path / "adapter")
+    export.main(exporting("--adapters", adapter, "--merge_lora", "true", "--output_dir", tmp_path / "out"))
+    assert len(alive) > 20 and max(alive) <= 2

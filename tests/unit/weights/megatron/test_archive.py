@@ -108,7 +108,8 @@ def test_plain_containers_and_arguments_come_back() -> None:
         found = loads(pickle.dumps(value, protocol), "x.pt")
         assert (found["args"].num_layers, found["args"].dtype, found["args"].names) == (2, torch.bfloat16, ["a"])
         assert found["state"]["a"][:4] == (1, 2.5, None, True) and found["set"] == {1, 2} and found["size"] == (2, 3)
-        assert isinstance(found["args"].signal, Inert)
+        signalled = found["args"].signal  # pickled by value, or by name in older Pythons
+        assert isinstance(signalled, Inert) or issubclass(signalled, Inert)
 
 
 class Calls:

@@ -31,7 +31,7 @@ RECORDED_MODEL = {
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recorded")
     with tarfile.open(RECORDED) as held:
-        held.extractall(folder, filter="data")
+        held.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return folder
 
 
