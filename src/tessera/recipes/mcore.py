@@ -283,6 +283,8 @@ def _to_hf(run: Run, source: door.Source, out: Path) -> convert.Account:
 def _tell(account: convert.Account) -> None:
     names = f" ({account.dialect})" if account.dialect else ""
     print(f"wrote {account.tensors} tensors{names}, {account.parameters:,} parameters", flush=True)
+    if account.rounded:
+        print(f"rounded to the type they are written in: {', '.join(account.rounded)}", flush=True)
     if account.left_out:
         print(f"left out, as the model has no use for them: {', '.join(account.left_out)}", flush=True)
 
