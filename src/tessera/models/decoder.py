@@ -27,7 +27,7 @@ from tessera.contract.batch import Segments, Shard
 from tessera.contract.memory import ActivationStore
 from tessera.contract.seams import ONE_DEVICE, Seams
 from tessera.models.attention import Layout, attend
-from tessera.models.layers import GatedMLP, Linear, Recomputable, RMSNorm, forgetting
+from tessera.models.layers import Embedding, GatedMLP, Linear, Recomputable, RMSNorm, forgetting
 from tessera.models.moe import MoE, MoEConfig, Routing
 from tessera.models.rope import Angles, Rope, RopeConfig, rotate
 
@@ -217,7 +217,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
+        self.embed_tokens = Embedding(config.vocab, config.hidden)
         self.layers = nn.ModuleDict({str(index): Layer(config, index) for index in range(config.layers)})
         self.norm = RMSNorm(config.hidden, config.eps)
         self.rope = Rope(config.rope, config.head_dim)

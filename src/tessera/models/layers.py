@@ -78,6 +78,19 @@ class Linear(nn.Linear, Divisible):
         return F.linear(input, self.part(self.weight), bias)
 
 
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` that draws nothing where there is nothing to draw.
+
+    torch's own fills even a table on the meta device, through machinery that takes longer to import than many models
+    take to be described.
+    """
+
+    def reset_parameters(self) -> None:
+        """Initial values as torch has them."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class RMSNorm(Divisible):
     """Root-mean-square normalisation over the last dimension of ``[..., size]``; no mean, no bias."""
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tessera.contract.batch import Grid, Media, Normalisation, Route
 from tessera.contract.seams import Seams
 from tessera.models.attention import Layout, attend, permuted, plan
-from tessera.models.layers import PatchEmbed, Recomputable
+from tessera.models.layers import Embedding, PatchEmbed, Recomputable
 from tessera.models.rope import Angles, axial_angles, rotate
 
 
@@ -124,7 +124,7 @@ class Tower(nn.Module):
         self.config = config
         self.patch_embed = PatchEmbed(config.channels, config.temporal, config.patch, config.hidden, config.patch_bias)
         if config.table:
-            self.pos_embed = nn.Embedding(config.table, config.hidden)
+            self.pos_embed = Embedding(config.table, config.hidden)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.merger = config.merger(False)
         if config.deepstack:

@@ -11,6 +11,7 @@ that were looked at would count as this process's memory for as long as the file
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -28,6 +29,15 @@ from tessera.contract.shards import Part, whole
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+STEP = 32 * 2**20
+"""Bytes that are copied between two requests to the disk to begin writing them."""
+
+BUFFER = 2**20
+"""Bytes that are copied at a time where the kernel cannot."""
+
+NO_COPY = frozenset((errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM))
+"""Errors that say that two files cannot be copied within the kernel."""
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -108,6 +118,12 @@ class Writer:
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text
 
+    def place(self, name: str) -> tuple[int, int]:
+        """Descriptor and offset at which the tensor called ``name`` on disk begins."""
+        entry = self._entries[name]
+        descriptor, data = self._opened(entry.file)
+        return descriptor, data + entry.start
+
     def put(self, name: str, value: Tensor, part: Part | None = None) -> None:
         """Write ``value`` as the region ``part`` (default: all) of the tensor called ``name`` on disk, in its type."""
         entry = self._entries[name]
@@ -150,6 +166,48 @@ def read_region(path: Path, data: int, entry: Entry, part: Part) -> Tensor:
             into = view[index * length * size : (index + 1) * length * size]
             _read_all(stream.fileno(), into, data + entry.start + start * size)
     return raw.view(entry.dtype).view([cut.stop - cut.start for cut in part])
+
+
+def copy_bytes(source: int, at: int, target: int, to: int, count: int) -> None:
+    """Copy ``count`` bytes from ``at`` in one open file to ``to`` in another, within the kernel where it can.
+
+    They go on their way to the disk at once, so that flushing the file afterwards has little left to wait for. EOFError
+    if the source ends too early, OSError if the disk refuses.
+    """
+    while count:
+        step = min(count, STEP)
+        moved = _moved(source, at, target, to, step) or _carried(source, at, target, to, step)
+        start_writing(target, to, moved)
+        at, to, count = at + moved, to + moved, count - moved
+
+
+def _moved(source: int, at: int, target: int, to: int, count: int) -> int:
+    """How many bytes the kernel copied by itself; 0 where it does not, as between some file systems."""
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    try:
+        return os.copy_file_range(source, target, count, at, to)
+    except OSError as error:
+        if error.errno in NO_COPY:
+            return 0
+        raise
+
+
+def _carried(source: int, at: int, target: int, to: int, count: int) -> int:
+    """Copy ``count`` bytes through this process."""
+    buffer = memoryview(bytearray(min(count, BUFFER)))
+    for start in range(0, count, len(buffer)):
+        part = buffer[: count - start]
+        _read_all(source, part, at + start)
+        write_all(target, part, to + start)
+    return count
+
+
+def start_writing(descriptor: int, offset: int, count: int) -> None:
+    """Let the disk begin with these bytes, which were just written, without waiting for it."""
+    if hasattr(os, "posix_fadvise"):
+        # What is still to be written is not dropped by this advice: its writing is begun.
+        os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
 
 
 def _read_all(descriptor: int, into: memoryview, offset: int) -> None:

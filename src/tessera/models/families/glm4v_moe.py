@@ -34,7 +34,7 @@ from tessera.models.families.common import (
     vlm_plan,
 )
 from tessera.models.geometry import PatchGeometry, smart_resize
-from tessera.models.layers import GatedMLP, RMSNorm
+from tessera.models.layers import Embedding, GatedMLP, RMSNorm
 from tessera.models.moe import MoEConfig
 from tessera.models.tower import Tower, TowerConfig
 from tessera.models.vlm import VLM
@@ -58,7 +58,7 @@ class PositionTable(nn.Module):
     def __init__(self, side: int, size: int) -> None:
         super().__init__()
         self.side = side
-        self.position_embedding = nn.Embedding(side * side, size)
+        self.position_embedding = Embedding(side * side, size)
 
     def forward(self, points: Tensor) -> Tensor:
         table = self.position_embedding.weight.float().t().view(1, -1, self.side, self.side)

@@ -3,8 +3,11 @@
 Such a file is an uncompressed zip: a pickle, ``data.pkl``, that refers to storages by number, and a record
 ``data/<number>`` for each, 64 bytes aligned. Reading takes the pickle (see :mod:`tessera.weights.megatron.unpickle`)
 and the table of records, so that each tensor is a :class:`Stored` place in the file. Writing gets the tensors as
-:class:`Blank` (type and shape), writes the pickle, then the payload of each record as it is produced, and completes the
-record's header once its checksum is known. A file may hold several such archives one after the other (``.distcp``).
+:class:`Blank` (type and shape), writes the pickle, then says where the payload of each record belongs. A file may hold
+several such archives one after the other (``.distcp``).
+
+Records of tensors carry no checksum, as in files that torch writes after ``set_crc32_options(False)``: torch does not
+look at it, and without one the bytes need not pass through this process.
 """
 
 from __future__ import annotations
@@ -16,14 +19,13 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tessera.config.errors import UserError
 from tessera.weights.files import write_all
@@ -177,21 +179,22 @@ class _Pickler(pickle.Pickler):
 
 
 def save(
-    descriptor: int, start: int, value: Any, payload: Callable[[Blank], Iterable[Tensor]], root: str = "archive"
+    descriptor: int, start: int, value: Any, payload: Callable[[Blank, int], None], root: str = "archive"
 ) -> int:
     """Write ``value`` at ``start`` as ``torch.save`` would, each :class:`Blank` in it as a tensor; bytes written.
 
-    ``payload`` yields the bytes of a blank, flat uint8 pieces in order. OSError if the disk refuses.
+    ``payload(blank, offset)`` writes the bytes of a blank at that offset of the file. OSError if the disk refuses.
     """
     records: list[Blank] = []
     stream = io.BytesIO()
     _Pickler(stream, records).dump(value)
     archive = _Archive(descriptor, start, root)
-    archive.add("data.pkl", [stream.getvalue()])
-    archive.add("byteorder", [b"little"])
+    archive.add("data.pkl", stream.getvalue())
+    archive.add("byteorder", b"little")
     for number, blank in enumerate(records):
-        archive.add(f"data/{number}", (band.numpy().data for band in payload(blank)))
-    archive.add("version", [b"3\n"])
+        offset = archive.reserve(f"data/{number}", prod(blank.shape) * blank.dtype.itemsize)
+        payload(blank, offset)
+    archive.add("version", b"3\n")
     return archive.close()
 
 
@@ -203,21 +206,18 @@ class _Archive:
         self._at = 0
         self._entries: list[tuple[bytes, int, int, int]] = []
 
-    def add(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
+    def add(self, name: str, data: bytes) -> None:
         """A record of these bytes, its data aligned within the archive."""
+        write_all(self._descriptor, data, self.reserve(name, len(data), zlib.crc32(data)))
+
+    def reserve(self, name: str, size: int, checksum: int = 0) -> int:
+        """A record of so many bytes, which are the caller's to write; the offset in the file where they belong."""
         label = f"{self._root}/{name}".encode()
         header = self._at
         # Room for the sizes of a record beyond 4 GiB, then padding, which torch marks as "FB" fields.
         ahead = header + _LOCAL + len(label) + 20 + 4
         padding = -ahead % ALIGNMENT
         extra = 20 + 4 + padding
-        data = header + _LOCAL + len(label) + extra
-        at, checksum = data, 0
-        for piece in pieces:
-            checksum = zlib.crc32(piece, checksum)
-            write_all(self._descriptor, piece, self._start + at)
-            at += len(piece)
-        size = at - data
         large = size >= _LARGE
         shown = _LARGE if large else size
         fields = struct.pack("<HHQQ", 1, 16, size, size) if large else struct.pack("<HH16s", 0x4246, 16, b"Z" * 16)
@@ -227,7 +227,9 @@ class _Archive:
         )
         write_all(self._descriptor, local + label + fields, self._start + header)
         self._entries.append((label, header, size, checksum))
-        self._at = at
+        data = header + _LOCAL + len(label) + extra
+        self._at = data + size
+        return self._start + data
 
     def close(self) -> int:
         """Write the table of records; the length of the archive."""

@@ -233,9 +233,7 @@ def to_hf(
         writer = Writer(out, saving.entries, origin.metadata if origin else {}, stack)
 
         def write_tensor(name: str) -> None:
-            made = placed[name].through(source.tilings)
-            for part, values in reader.boxes(made, saving.entries[name].dtype):
-                writer.put(name, values, part)
+            reader.write(placed[name].through(source.tilings), saving.entries[name].dtype, *writer.place(name))
 
         at_once(partial(write_tensor, name) for name in saving.entries)
     if index is not None and origin is not None and saving.entries == origin.entries:

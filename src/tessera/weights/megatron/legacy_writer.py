@@ -73,8 +73,8 @@ def write_file(
         descriptor = os.open(folder / FILES[0], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         stack.callback(os.close, descriptor)
 
-        def payload(blank: archive.Blank) -> Iterator[torch.Tensor]:
-            return reader.bands(made[blank].through(values), blank.dtype)
+        def payload(blank: archive.Blank, offset: int) -> None:
+            reader.write(made[blank].through(values), blank.dtype, descriptor, offset)
 
         archive.save(descriptor, 0, held, payload, FILES[0].removesuffix(".pt"))
         os.fsync(descriptor)

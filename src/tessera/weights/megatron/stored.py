@@ -1,10 +1,10 @@
 """Tensors that lie in files, and the bytes of others made of them, band by band.
 
 A :class:`Stored` tensor is a place: file, offset, type, shape. Nothing is read until a region is asked for, and then
-only its bytes. What is to be written is produced in *bands* of a few megabytes, in the order of the file, each filled
-from its sources in one of two ways: long runs of bytes go straight from file to buffer; anything else (columns of a
-matrix, a transpose, another type) is copied through a mapping of the file that lives for that one copy. Memory is the
-band, however large the model.
+only its bytes. Most tensors are long runs of bytes in another order: these never come here, the kernel copies them from
+file to file. The others are produced in *bands* of a few megabytes, each filled from its sources in one of two ways:
+long runs are read one by one; anything else (columns of a matrix, a transpose, another type) is copied through a
+mapping of the file that lives for that one copy. Memory is the band, however large the model.
 """
 
 from __future__ import annotations
@@ -18,23 +18,27 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tessera.config.errors import UserError
 from tessera.contract.shards import Part, whole
-from tessera.weights.files import runs
+from tessera.weights.files import STEP, copy_bytes, runs, start_writing, write_all
 from tessera.weights.megatron.tiling import Shape, Tile, Tiling, extents
 
 BAND = 4 * 2**20
-"""Bytes of a band: small enough to stay in the processor's cache from reading through the checksum to writing."""
+"""Bytes of a band: small enough to stay in the processor's cache from reading to writing."""
 
 WORKERS = 4
-"""Bands under way at the same time, at most: reading, checksums and writing all let other threads run."""
+"""Files or tensors under way at the same time, at most: reading and writing let other threads run."""
 
 RUN = 16 * 2**10
 """Bytes from which on a run is read by itself rather than through a mapping."""
+
+STRAIGHT = 64 * 2**10
+"""Bytes from which on runs are copied from file to file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,15 @@ class Stored:
     def nbytes(self) -> int:
         """Bytes of its elements."""
         return prod(self.shape) * self.dtype.itemsize
+
+
+class _Run(NamedTuple):
+    """``count`` bytes at ``begin`` of a file, which belong ``target`` bytes behind the beginning of a tensor."""
+
+    file: Path
+    begin: int
+    target: int
+    count: int
 
 
 class Reader:
@@ -80,20 +93,56 @@ class Reader:
         self.fill(tiling, part, out)
         return out
 
-    def boxes(self, tiling: Tiling, dtype: torch.dtype, limit: int = BAND) -> Iterator[tuple[Part, Tensor]]:
-        """All of a tensor in boxes of at most ``limit`` bytes that follow each other; each is valid until the next."""
-        size = dtype.itemsize
-        buffer = torch.empty(min(limit, max(prod(tiling.shape) * size, 1)), dtype=torch.uint8)
-        for part in _bands(tiling.shape, max(limit // size, 1)):
-            shape = extents(part)
-            values = buffer[: prod(shape) * size].view(dtype).view(shape)
-            self.fill(tiling, part, values)
-            yield part, values
+    def write(self, tiling: Tiling, dtype: torch.dtype, descriptor: int, offset: int) -> None:
+        """Write a tensor as ``dtype`` into an open file, from ``offset`` on; what is nowhere to be read is zero.
 
-    def bands(self, tiling: Tiling, dtype: torch.dtype, limit: int = BAND) -> Iterator[Tensor]:
-        """The same as bytes: flat uint8."""
-        for _, values in self.boxes(tiling, dtype, limit):
-            yield values.reshape(-1).view(torch.uint8)
+        OSError if the disk refuses.
+        """
+        straight = self._straight(tiling, dtype)
+        if straight is not None:
+            for run in straight:
+                try:
+                    copy_bytes(self._descriptor(run.file), run.begin, descriptor, offset + run.target, run.count)
+                except EOFError:
+                    raise _cut_short(run.file) from None
+            return
+        written = begun = offset
+        for values in self._bands(tiling, dtype):
+            write_all(descriptor, values.numpy().data, written)
+            written += values.numel()
+            if written - begun >= STEP:
+                start_writing(descriptor, begun, written - begun)
+                begun = written
+        start_writing(descriptor, begun, written - begun)
+
+    def _straight(self, tiling: Tiling, dtype: torch.dtype) -> list[_Run] | None:
+        """A tensor as long runs of bytes of other files; None if it is not made of such."""
+        found: list[_Run] = []
+        for tile in tiling.tiles:
+            source = self.stored[tile.source]
+            if source.dtype != dtype or source.strides is not None or tile.turned:
+                return None
+            from_starts, from_length = runs(source.shape, tile.inside)
+            to_starts, to_length = runs(tiling.shape, tile.where)
+            length = min(from_length, to_length)
+            count = length * dtype.itemsize
+            if count < STRAIGHT and length != prod(tiling.shape):
+                return None
+            pairs = zip(_cut(from_starts, from_length, length), _cut(to_starts, to_length, length), strict=True)
+            size = dtype.itemsize
+            found += [_Run(source.file, source.offset + one * size, two * size, count) for one, two in pairs]
+        # Zeros where nothing is: bytes of a fresh file that nobody writes are that already, but not of a full disk's.
+        return found if sum(run.count for run in found) == prod(tiling.shape) * dtype.itemsize else None
+
+    def _bands(self, tiling: Tiling, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The bytes of a tensor in pieces that follow each other, flat uint8; each is valid until the next."""
+        size = dtype.itemsize
+        buffer = torch.empty(min(BAND, max(prod(tiling.shape) * size, 1)), dtype=torch.uint8)
+        for part in _boxes(tiling.shape, max(BAND // size, 1)):
+            shape = extents(part)
+            values = buffer[: prod(shape) * size]
+            self.fill(tiling, part, values.view(dtype).view(shape))
+            yield values
 
     def dtype(self, tiling: Tiling) -> torch.dtype:
         """The type that holds what the sources of a tensor hold."""
@@ -139,7 +188,7 @@ class Reader:
         while run:
             got = os.preadv(descriptor, [run], offset)
             if not got:
-                raise UserError(f"{source.file}: is cut short; copy the checkpoint again")
+                raise _cut_short(source.file)
             run, offset = run[got:], offset + got
 
     def _mapped(self, source: Stored, part: Part) -> Tensor:
@@ -152,7 +201,7 @@ class Reader:
         end = source.offset + (last + 1) * size
         descriptor = self._descriptor(source.file)
         if os.fstat(descriptor).st_size < end:
-            raise UserError(f"{source.file}: is cut short; copy the checkpoint again")
+            raise _cut_short(source.file)
         at = begin - begin % mmap.ALLOCATIONGRANULARITY
         mapping = mmap.mmap(descriptor, end - at, access=mmap.ACCESS_COPY, offset=at)
         flat = torch.frombuffer(mapping, dtype=torch.uint8, count=end - begin, offset=begin - at)
@@ -169,6 +218,10 @@ class Reader:
                     raise UserError(f"{file}: cannot be read ({error.strerror})") from error
                 self._stack.callback(os.close, self._open[file])
             return self._open[file]
+
+
+def _cut_short(file: Path) -> UserError:
+    return UserError(f"{file}: is cut short; copy the checkpoint again")
 
 
 def at_once(tasks: Iterable[Callable[[], None]]) -> None:
@@ -192,7 +245,7 @@ def _cut(starts: list[int], length: int, wanted: int) -> Iterator[int]:
     return (start + at for start in starts for at in range(0, length, wanted))
 
 
-def _bands(shape: Shape, limit: int) -> Iterator[Part]:
+def _boxes(shape: Shape, limit: int) -> Iterator[Part]:
     """Boxes of at most ``limit`` elements (or one) that follow each other in memory and cover a tensor."""
     if prod(shape) <= limit:
         if prod(shape):
@@ -201,7 +254,7 @@ def _bands(shape: Shape, limit: int) -> Iterator[Part]:
     inner = prod(shape[1:])
     if inner > limit:
         for at in range(shape[0]):
-            for rest in _bands(shape[1:], limit):
+            for rest in _boxes(shape[1:], limit):
                 yield (slice(at, at + 1), *rest)
         return
     rows = limit // inner

@@ -153,15 +153,20 @@ def write(folder: Path, planned: Plan, values: Mapping[str, Tiling], reader: Rea
         with ExitStack() as stack:
             descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             stack.callback(os.close, descriptor)
+
+            def put(made: Tiling | None, blank: archive.Blank, offset: int) -> None:
+                assert made is not None, "an extra state holds no tensor"
+                reader.write(made, blank.dtype, descriptor, offset)
+
             at = 0
             for chunk in chunks:
                 made = chunk.tiling.through(values)
                 blank = archive.Blank(planned.dtypes[chunk.name], made.shape)
-                length = archive.save(descriptor, at, blank, partial(_payload, reader, made))
+                length = archive.save(descriptor, at, blank, partial(put, made))
                 placed[chunk.name, chunk.offset] = Chunk(chunk.offset, made.shape, file, at, length)
                 at += length
             for name in extras:
-                length = archive.save(descriptor, at, [None], lambda blank: ())
+                length = archive.save(descriptor, at, [None], partial(put, None))
                 objects[name] = Chunk((), (), file, at, length)
                 at += length
             os.fsync(descriptor)
@@ -172,10 +177,6 @@ def write(folder: Path, planned: Plan, values: Mapping[str, Tiling], reader: Rea
     version |= {"common_backend": "torch", "common_backend_version": 1}
     (folder / "metadata.json").write_text(json.dumps(version), "utf-8")
     _write_metadata(folder / METADATA, planned, placed, objects)
-
-
-def _payload(reader: Reader, made: Tiling, blank: archive.Blank) -> Iterator[torch.Tensor]:
-    return reader.bands(made, blank.dtype)
 
 
 def _files(planned: Plan) -> Iterator[tuple[str, list[Planned], list[str]]]:

@@ -328,17 +328,17 @@ def test_an_iteration_that_exists_is_kept(dense: Model, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["torch_dist", "torch"])
 def test_a_full_disk_leaves_nothing(dense: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    root, real = tmp_path / "m", os.pwrite
+    root, pwrite, copy = tmp_path / "m", os.pwrite, os.copy_file_range
     root.mkdir()
     left = [200_000]
 
-    def pwrite(descriptor: int, data: Any, offset: int) -> int:
-        left[0] -= len(data)
+    def take(count: int) -> None:
+        left[0] -= count
         if left[0] < 0:
             raise OSError(28, "No space left on device")
-        return real(descriptor, data, offset)
 
-    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(os, "pwrite", lambda to, data, at: (take(len(data)), pwrite(to, data, at))[1])
+    monkeypatch.setattr(os, "copy_file_range", lambda a, b, count, *at: (take(count), copy(a, b, count, *at))[1])
     with pytest.raises(OSError, match="No space left"):
         convert.to_megatron(dense.source, dense.family, dense.config, root, Options(dialect="lm", format=kind))
     assert not list(root.iterdir())
