@@ -26,8 +26,6 @@ from tessera.contract.model import Family, Geometry, dtype_of
 from tessera.contract.plan import Plan
 from tessera.contract.weightmap import WeightMap
 from tessera.models.families import family_of, text_config
-from tessera.models.init import drawn
-from tessera.weights.files import Entry
 from tessera.weights.hf import Checkpoint, shapes_of
 from tessera.weights.hf import load as load_weights
 
@@ -139,21 +137,6 @@ def read(path: Path) -> Source:
     return Source(path, config, preprocessor, family, geometry, plan, checkpoint, weightmap, weightmap, checkpoint)
 
 
-class _Completed(Checkpoint):
-    """A checkpoint whose projection is missing, and drawn: a function of the tensors' names alone."""
-
-    def __init__(self, held: Checkpoint, missing: Mapping[str, Entry], config: Mapping[str, Any]) -> None:
-        self.path, self.metadata, self.entries = held.path, held.metadata, {**held.entries, **missing}
-        self._held, self._missing, self._config = held, missing, config
-
-    def read(self, name: str, part: tuple[slice, ...] | None = None) -> torch.Tensor:
-        if name not in self._missing:
-            return self._held.read(name, part)
-        entry = self._missing[name]
-        value = drawn(name, entry.shape, self._config, 0).to(entry.dtype)
-        return value if part is None else value[part]
-
-
 PROJECTION = "vision_projection."
 """What Megatron-LM calls the tensors between tower and language model, which its combined checkpoints lack."""
 
@@ -172,17 +155,10 @@ def read_mcore(path: Path, hf_dir: str | None = None, *, new_projection: bool = 
             f"{path}: a Megatron checkpoint without config.json; add --hf_dir DIR, a Hugging Face directory with it"
         )
     config, preprocessor, family = _settings(settings)
-    opened = megatron.open_as_ours(path, family, config, absent=(PROJECTION,) if new_projection else ())
-    held: Checkpoint = opened
-    if new_projection:
-        with torch.device("meta"):
-            shapes = shapes_of(family.build(config))
-        dtype = next(entry.dtype for entry in held.entries.values() if entry.dtype.is_floating_point)
-        missing = {name: shape for name, shape in shapes.items() if name not in held.entries}
-        held = _Completed(held, {name: Entry("", dtype, shape, 0, 0) for name, shape in missing.items()}, config)
+    held = megatron.open_as_ours(path, family, config, absent=(PROJECTION,) if new_projection else ())
     geometry, plan = family.geometry(config, preprocessor), family.plan(config)
     disk_names = family.weightmap(config, [])
-    return Source(settings, config, preprocessor, family, geometry, plan, held, opened.weightmap, disk_names, None)
+    return Source(settings, config, preprocessor, family, geometry, plan, held, held.weightmap, disk_names, None)
 
 
 def _settings(path: Path) -> tuple[dict[str, Any], dict[str, Any], Family]:

@@ -108,8 +108,8 @@ class Mirror(Protocol):
         """Write what ``checkpoint`` holds; OSError if the disk refuses."""
         ...
 
-    def retire(self, step: int) -> None:
-        """Delete what was written for ``step``."""
+    def retire(self, checkpoint: Path, step: int) -> None:
+        """Delete what was written for ``checkpoint``, which need not be there any more."""
         ...
 
 
@@ -201,7 +201,7 @@ class Store:
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
             if self.mirror is not None:
-                self.mirror.retire(step_of(path))
+                self.mirror.retire(path, step_of(path))
 
 
 def write_json(path: Path, value: Any) -> None:

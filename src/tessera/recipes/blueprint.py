@@ -25,7 +25,7 @@ from tessera.models import init
 from tessera.models.families import family_of
 from tessera.models.families.pairing import built
 from tessera.weights import hf
-from tessera.weights.saving import bytes_of, copy_side_files, stream
+from tessera.weights.saving import Saving, bytes_of, copy_side_files
 
 SPECIAL = (
     "<|endoftext|>",
@@ -81,7 +81,8 @@ def draw(config: HFConfig, folder: Path, seed: int, dtype: torch.dtype | None, m
         drawn = init.drawn(name, shape, config, seed) if name in parameters else torch.zeros(shape)
         yield whole(shape), drawn
 
-    stream(tensors, values, folder, family_of(config).weightmap(config, ()), max_shard_size=max_shard_size)
+    weightmap = family_of(config).weightmap(config, ())
+    Saving.planned(tensors, weightmap, max_shard_size=max_shard_size).write(folder, values)
     return sum(prod(shape) for name, (_, shape) in tensors.items() if name in parameters)
 
 

@@ -30,7 +30,7 @@ from tessera.recipes import blueprint, export
 from tessera.recipes.account import Account, account
 from tessera.recipes.parts import GROUPS, Composition, Part
 from tessera.recipes.vocabulary import Vocabulary, merged
-from tessera.weights.saving import stream
+from tessera.weights.saving import Saving
 
 CARD = "README.md"
 
@@ -113,7 +113,7 @@ def _write(out: Path, run: Run, made: Composition, vocabulary: Vocabulary, card:
         return made.values(name, run.train.seed)
 
     with export.appearing(out, (*export.PRODUCT, CARD)) as aside:
-        stream(tensors, values, aside, made.weightmap, max_shard_size=run.save.max_shard_size)
+        Saving.planned(tensors, made.weightmap, max_shard_size=run.save.max_shard_size).write(aside, values)
         vocabulary.write(aside)
         write_json(aside / "config.json", _typed(made.config, set(made.dtypes.values())))
         (aside / CARD).write_text(card, encoding="utf-8")

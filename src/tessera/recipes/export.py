@@ -34,7 +34,7 @@ from tessera.checkpoint.store import write_json
 from tessera.config.errors import UserError
 from tessera.config.run import Run
 from tessera.contract.model import Geometry, dtype_of
-from tessera.contract.shards import WHOLE
+from tessera.contract.shards import WHOLE, whole
 from tessera.infer.session import renaming
 from tessera.weights import hf, hub
 from tessera.weights.saving import Saving
@@ -89,12 +89,12 @@ def write(run: Run) -> Path:
     dtype = dtype_of(run.model.torch_dtype) if _asked(run, "torch_dtype") and run.model.torch_dtype else None
     shapes, values = tensors_of(run, source)
     resharded = _asked(run, "max_shard_size") or source.origin is None
-    types = {name: source.checkpoint.entries[source.weightmap.to_disk(name)].dtype for name in shapes}
-    meta = {name: torch.empty(shape, dtype=types[name], device="meta") for name, shape in shapes.items()}
+    entries, to_disk = source.checkpoint.entries, source.weightmap.to_disk
+    tensors = {name: (entries[to_disk(name)].dtype, shape) for name, shape in shapes.items()}
     origin, limit = None if resharded else source.origin, run.save.max_shard_size
-    saving = Saving.of(meta, source.disk_names, origin=origin, dtype=dtype, max_shard_size=limit)
+    saving = Saving.planned(tensors, source.disk_names, origin=origin, dtype=dtype, max_shard_size=limit)
     with appearing(out) as aside:
-        saving.write(aside, values)
+        saving.write(aside, lambda name: [(whole(shapes[name]), values(name))])
         if resharded:
             hf.copy_side_files(source.path, aside, dtype)
         limit_processor(aside, run, source.geometry)

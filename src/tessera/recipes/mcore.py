@@ -30,13 +30,14 @@ from tessera.checkpoint import open as door
 from tessera.checkpoint.store import write_json
 from tessera.config.errors import UserError
 from tessera.config.run import ConvertArgs, Run
+from tessera.config.sources import TRACKER
+from tessera.contract.layout import ParallelLayout
 from tessera.contract.model import dtype_of
 from tessera.models.families import FAMILIES
-from tessera.parallel.mesh import Mesh
 from tessera.recipes import export, precision
 from tessera.weights import hf
 from tessera.weights.megatron import adapters, convert, parts
-from tessera.weights.megatron.checkpoint import LEGACY, TRACKER, locate
+from tessera.weights.megatron.checkpoint import LEGACY, OurNames, locate
 from tessera.weights.megatron.options import Options, vocabulary
 from tessera.weights.megatron.ranks import Ranks
 from tessera.weights.megatron.towers import dialects_of, make_table
@@ -233,8 +234,8 @@ def dialect_of(asked: ConvertArgs, source: door.Source) -> str:
                 f"there are {', '.join(known)}"
             )
         return asked.mcore_dialect
-    if asked.mcore_model is not None and source.origin is None:
-        return locate(Path(asked.mcore_model)).assembled(source.family, source.config).table.dialect
+    if isinstance(source.checkpoint, OurNames):
+        return source.checkpoint.assembled.table.dialect
     return "swift" if "swift" in known else known[0]
 
 
@@ -302,37 +303,30 @@ def _compare(run: Run, source: door.Source, made: Path) -> None:
 class RunMirror:
     """Keeps the checkpoints of a run as iterations beside them: ``iter_N``, and the tracker that names the newest."""
 
-    run_dir: Path
     options: Options
+
+    @classmethod
+    def of(cls, run: Run, source: door.Source, layout: ParallelLayout) -> RunMirror:
+        """The one for a run that trains ``source`` on ranks of ``layout``.
+
+        UserError if the model cannot be divided as the files by rank of ``--mcore_format torch`` would be, which is as
+        the run's own ranks divide it.
+        """
+        asked = run.convert
+        dialect = dialect_of(asked, source)
+        ranks = Ranks(layout.tp, layout.pp, layout.ep) if asked.mcore_format == LEGACY else Ranks()
+        stacked = None if asked.mcore_layer_layout is None else asked.mcore_layer_layout == "stacked"
+        ranks.check(make_table(source.family, source.config, dialect).for_ranks(ranks.tp, None))
+        return cls(Options(dialect=dialect, format=asked.mcore_format, stacked=stacked, ranks=ranks))
 
     def write(self, checkpoint: Path, step: int) -> None:
         """Convert the model in ``checkpoint``; an iteration of that number from before goes."""
-        self.retire(step)
-        source = door.read(checkpoint)
+        self.retire(checkpoint, step)
+        source, run_dir = door.read(checkpoint), checkpoint.parent
         held = convert.from_hf(source.checkpoint, source.family, source.config)
-        convert.write_side_files(source.checkpoint, self.run_dir)
-        options = replace(self.options, iteration=step)
-        convert.to_megatron(held, source.family, source.config, self.run_dir, options)
+        convert.write_side_files(source.checkpoint, run_dir)
+        convert.to_megatron(held, source.family, source.config, run_dir, replace(self.options, iteration=step))
 
-    def retire(self, step: int) -> None:
-        """Delete ``iter_N``."""
-        shutil.rmtree(self.run_dir / f"iter_{step:07d}", ignore_errors=True)
-
-
-def mirror_of(run: Run, source: door.Source, run_dir: Path, mesh: Mesh) -> RunMirror | None:
-    """What keeps this run's checkpoints in Megatron's format too; None if nobody asked for it.
-
-    Adapters stay in PEFT's format, which ``export --mcore_adapters`` reads. UserError if the model cannot be divided
-    as the files by rank of ``--mcore_format torch`` would be, which is as the run's own ranks divide it.
-    """
-    if run.save.save_format != "mcore" or run.adapt.train_type != "full":
-        return None
-    asked, layout = run.convert, mesh.layout
-    dialect = dialect_of(replace(asked, mcore_model=None), source)
-    if asked.mcore_dialect is None and source.origin is None:
-        dialect = locate(source.location).assembled(source.family, source.config).table.dialect
-    ranks = Ranks(layout.tp, layout.pp, layout.ep) if asked.mcore_format == LEGACY else Ranks()
-    stacked = None if asked.mcore_layer_layout is None else asked.mcore_layer_layout == "stacked"
-    options = Options(dialect=dialect, format=asked.mcore_format, stacked=stacked, ranks=ranks)
-    ranks.check(make_table(source.family, source.config, dialect).for_ranks(ranks.tp, None))
-    return RunMirror(run_dir, options)
+    def retire(self, checkpoint: Path, step: int) -> None:
+        """Delete ``iter_N``, which lies beside ``checkpoint``."""
+        shutil.rmtree(checkpoint.parent / f"iter_{step:07d}", ignore_errors=True)

@@ -28,6 +28,7 @@ from tessera.checkpoint import open as door
 from tessera.checkpoint import state as tensors
 from tessera.checkpoint.background import HostCopies, Publisher, Write
 from tessera.checkpoint.store import (
+    Mirror,
     Store,
     checkpoints,
     new_run_dir,
@@ -54,7 +55,6 @@ from tessera.parallel.mesh import Mesh, world_size
 from tessera.parallel.watchdog import group_timeout, watching
 from tessera.recipes import fit, placement, screen
 from tessera.recipes.export import ARGS_FILE, limit_processor
-from tessera.recipes.mcore import mirror_of
 from tessera.train.optim import Optimizers
 from tessera.train.schedule import Schedule, warmup_steps
 from tessera.train.step import Engine
@@ -329,6 +329,18 @@ def log_of(run: Run, run_dir: Path, max_steps: int, resumed_step: int, mesh: Mes
     )
 
 
+def mirror_of(run: Run, source: door.Source, mesh: Mesh) -> Mirror | None:
+    """What keeps the checkpoints of a full training in Megatron's format too, if that was asked for.
+
+    Adapters stay in PEFT's format, which ``export --mcore_adapters`` reads.
+    """
+    if run.save.save_format != "mcore" or run.adapt.train_type != "full":
+        return None
+    from tessera.recipes.mcore import RunMirror
+
+    return RunMirror.of(run, source, mesh.layout)
+
+
 def build(run: Run, mesh: Mesh) -> Trainer | None:
     """A trainer ready to :meth:`~tessera.train.trainer.Trainer.fit`; None after a dry run, which loads no weights."""
     adapt.fp8.require(run.memory, mesh.device)
@@ -336,7 +348,7 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     source = door.describe(run.model)
     placement.check_memory(run, source)
     fit.check(run, source, mesh.layout)
-    mirror_of(run, source, Path(run.save.output_dir), mesh)  # what cannot be written is refused before it is trained
+    mirror = mirror_of(run, source, mesh)  # what cannot be written is refused before it is trained
     dtype = door.compute_dtype(source, run.model.torch_dtype, mesh.device)
     if mesh.is_main and door.slow_on(mesh.device, dtype):
         screen.note(f"--torch_dtype {run.model.torch_dtype}: {door.slow_on(mesh.device, dtype)}")
@@ -358,9 +370,7 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     optimizers = Optimizers(model, groups, run.train, schedule, mesh, host_share=share)
     aside = Aside.of(mesh, group_timeout(run.parallel.ddp_timeout)) if run.save.async_save else None
     barrier = mesh.barrier if aside is None else aside.barrier
-    store = Store(
-        place.run_dir, run.save.save_total_limit, mesh.is_main, barrier, mirror_of(run, source, place.run_dir, mesh)
-    )
+    store = Store(place.run_dir, run.save.save_total_limit, mesh.is_main, barrier, mirror)
     store.sweep()
     engine, progress = engine_of(run, placed, source, mesh, dtype), Progress()
     if place.resume is not None:

@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -137,24 +138,38 @@ class Saving:
         }
         return cls(entries, pieces, shares, origin, dtype, ranks is None or ranks.is_main)
 
+    @classmethod
+    def planned(
+        cls,
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        weightmap: WeightMap,
+        *,
+        origin: Checkpoint | None = None,
+        dtype: torch.dtype | None = None,
+        max_shard_size: int = 5 * 10**9,
+    ) -> Saving:
+        """The plan for tensors of these types and shapes, whose values :meth:`write` is given."""
+        meta = {name: torch.empty(shape, dtype=found, device="meta") for name, (found, shape) in tensors.items()}
+        return cls.of(meta, weightmap, origin=origin, dtype=dtype, max_shard_size=max_shard_size)
+
     def staged(self, copy: Callable[[str, Tensor], Tensor]) -> Saving:
         """The same with values that later changes of the model don't reach; ``copy`` makes them, by our names."""
         shares = {name: Share(share.part, copy(name, share.values)) for name, share in self.shares.items()}
         return replace(self, shares=shares)
 
-    def write(self, out_dir: Path, values: Callable[[str], Tensor] | None = None) -> None:
+    def write(self, out_dir: Path, values: Callable[[str], Iterable[tuple[Part, Tensor]]] | None = None) -> None:
         """Write this rank's part into the existing, empty directory ``out_dir``; OSError if the disk refuses.
 
-        ``values`` gives tensors when they are written, by our names, if those of the plan have none. Ranks don't wait
-        for each other: the files are complete when all of them have returned.
+        If the plan has no values, ``values(name)`` yields regions of a tensor with theirs, all of it in the end; one
+        region is held at a time. Ranks don't wait for each other: the files are complete when all have returned.
         """
         with ExitStack() as stack:
             metadata = self.origin.metadata if self.origin else {}
             writer = Writer(out_dir, self.entries, metadata, stack, creates=self.creates)
-            for name, planned in self.shares.items():
-                share = planned if values is None else replace(planned, values=values(name))
-                for piece in self.pieces[name]:
-                    _put(writer, piece, share)
+            for name, own in self.shares.items():
+                for share in [own] if values is None else starmap(Share, values(name)):
+                    for piece in self.pieces[name]:
+                        _put(writer, piece, share)
             if self.origin is not None and self.creates:
                 placed = {piece.disk for parts in self.pieces.values() for piece in parts}
                 for left in self.entries.keys() - placed:
@@ -163,30 +178,6 @@ class Saving:
             write_index(out_dir, self.entries, self.origin)
             if self.origin is not None:
                 copy_side_files(self.origin.path, out_dir, self.dtype)
-
-
-def stream(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    values: Callable[[str], Iterable[tuple[Part, Tensor]]],
-    out_dir: Path,
-    weightmap: WeightMap,
-    *,
-    max_shard_size: int,
-) -> None:
-    """Write ``tensors`` (types and shapes by our names) into the existing directory ``out_dir``, as values come.
-
-    ``values(name)`` yields regions of a tensor with their values, all of it in the end; one region is held at a time.
-    """
-    pieces = {name: _pieces(weightmap, name, shape) for name, (_, shape) in tensors.items()}
-    disk = {p.disk: (tensors[name][0], p.shape(tensors[name][1])) for name, parts in pieces.items() for p in parts}
-    entries = _sharded(disk, None, max_shard_size)
-    with ExitStack() as stack:
-        writer = Writer(out_dir, entries, {}, stack)
-        for name, parts in pieces.items():
-            for part, value in values(name):
-                for piece in parts:
-                    _put(writer, piece, Share(part, value))
-    write_index(out_dir, entries, None)
 
 
 def _put(writer: Writer, piece: Piece, share: Share) -> None:

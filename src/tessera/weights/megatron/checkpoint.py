@@ -18,19 +18,22 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tessera.config.errors import UserError
+from tessera.config.sources import TRACKER
 from tessera.contract.model import Family, HFConfig
 from tessera.contract.weightmap import WeightMap
+from tessera.models.init import drawn
 from tessera.weights.files import Entry
-from tessera.weights.hf import Checkpoint
+from tessera.weights.hf import Checkpoint, shapes_of
 from tessera.weights.megatron import legacy, torch_dist
 from tessera.weights.megatron.assembled import Assembled, assemble, fitting
 from tessera.weights.megatron.stored import Reader
+from tessera.weights.megatron.tiling import Shape
 from tessera.weights.megatron.towers import dialects_of, make_table
 
-TRACKER = "latest_checkpointed_iteration.txt"
 TORCH_DIST, LEGACY = "torch_dist", "torch"
 
 
@@ -83,11 +86,6 @@ class Megatron:
         return max(tables, key=lambda dialect: len(fitting(names, tables[dialect])))
 
 
-def is_megatron(path: Path) -> bool:
-    """Whether ``path`` is the root of a Megatron checkpoint or one of its iterations."""
-    return (path / TRACKER).is_file() or _format(path) is not None or bool(_iterations(path))
-
-
 def locate(path: Path) -> Megatron:
     """The checkpoint at ``path``: a root (its latest iteration) or one iteration; UserError if there is none."""
     if not path.is_dir():
@@ -132,6 +130,7 @@ class OurNames(Checkpoint):
     def __init__(self, assembled: Assembled, root: Path) -> None:
         self.path = root
         self.metadata = {}
+        self.assembled = assembled
         self._tilings = assembled.ours()
         self._reader = Reader(assembled.stored)
         types = assembled.our_dtypes()
@@ -150,12 +149,35 @@ class OurNames(Checkpoint):
         return self._reader.read(self._tilings[name], part, self.entries[name].dtype)
 
 
+class Completed(OurNames):
+    """The same with tensors that the checkpoint lacks (``shapes``): drawn, a function of their names alone."""
+
+    def __init__(self, assembled: Assembled, root: Path, shapes: Mapping[str, Shape], config: HFConfig) -> None:
+        super().__init__(assembled, root)
+        self._config = config
+        self._drawn = {name: shape for name, shape in shapes.items() if name not in self.entries}
+        dtype = next(entry.dtype for entry in self.entries.values() if entry.dtype.is_floating_point)
+        self.entries |= {name: Entry("", dtype, shape, 0, 0) for name, shape in self._drawn.items()}
+
+    def read(self, name: str, part: tuple[slice, ...] | None = None) -> Tensor:
+        """As :meth:`OurNames.read`."""
+        if name not in self._drawn:
+            return super().read(name, part)
+        value = drawn(name, self._drawn[name], self._config, 0).to(self.entries[name].dtype)
+        return value if part is None else value[part]
+
+
 def open_as_ours(
     path: Path, family: Family, config: HFConfig, dialect: str | None = None, *, absent: Sequence[str] = ()
 ) -> OurNames:
     """The Megatron checkpoint at ``path`` under the names of ``family``'s modules; every tensor accounted for.
 
-    ``absent``: as in :meth:`Megatron.assembled`; what is not there is no entry.
+    ``absent``: as in :meth:`Megatron.assembled`; what is not there is drawn.
     """
     found = locate(path)
-    return OurNames(found.assembled(family, config, dialect, absent=absent), found.root)
+    assembled = found.assembled(family, config, dialect, absent=absent)
+    if not assembled.absent:
+        return OurNames(assembled, found.root)
+    with torch.device("meta"):
+        shapes = shapes_of(family.build(config))
+    return Completed(assembled, found.root, shapes, config)

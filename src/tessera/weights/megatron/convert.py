@@ -165,7 +165,11 @@ def reshard(
 
     ``dialect`` is the one of ``path`` (None: found out by its names).
     """
-    assembled = locate(path).assembled(family, config, dialect)
+    return resharded(locate(path).assembled(family, config, dialect), family, config, root, options)
+
+
+def resharded(assembled: Assembled, family: Family, config: HFConfig, root: Path, options: Options) -> Account:
+    """As :func:`reshard`, of a checkpoint that was read already."""
     source = from_megatron(assembled)
     if assembled.table.dialect == options.dialect:
         # The same tensors: nothing needs to go through ours, and types of single ones are kept.
@@ -222,12 +226,12 @@ def to_hf(
     weightmap = family.weightmap(config, names)
     if origin is not None:
         weightmap = weightmap.settled(shapes, {name: entry.shape for name, entry in origin.entries.items()})
-    meta = {name: torch.empty(shape, dtype=source.dtypes[name], device="meta") for name, shape in shapes.items()}
     left_out: tuple[str, ...] = ()
     if origin is not None:
         origin, left_out = _known(origin, weightmap, shapes)
         index = None if left_out else index
-    saving = Saving.of(meta, weightmap, origin=origin, dtype=dtype, max_shard_size=bytes_of(max_shard_size))
+    tensors = {name: (source.dtypes[name], shape) for name, shape in shapes.items()}
+    saving = Saving.planned(tensors, weightmap, origin=origin, dtype=dtype, max_shard_size=bytes_of(max_shard_size))
     placed = _disk_tensors(saving, shapes)
     with ExitStack() as stack, Reader(source.stored) as reader:
         writer = Writer(out, saving.entries, origin.metadata if origin else {}, stack)

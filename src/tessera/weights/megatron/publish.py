@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tessera.config.errors import UserError
-from tessera.weights.megatron.checkpoint import TRACKER
+from tessera.config.sources import TRACKER
 
 
 @contextmanager

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from tessera.config.errors import UserError
+from tessera.config.sources import is_mcore
 from tessera.contract.model import Family
 from tessera.weights.megatron import convert
-from tessera.weights.megatron.checkpoint import LEGACY, is_megatron, locate, open_as_ours
+from tessera.weights.megatron.checkpoint import LEGACY, locate, open_as_ours
 from tessera.weights.megatron.options import Options
 from tessera.weights.megatron.ranks import Ranks
 from tests.megatron import Model, dcp_tensors, rank_tensors
@@ -189,7 +190,7 @@ def test_ranks_of_a_job_whose_experts_are_whole(sparse: Model, tmp_path: Path) -
 
 def test_what_is_a_checkpoint(dense: Model, tmp_path: Path) -> None:
     root = dense.to_megatron(tmp_path / "m", Options(dialect="lm", iteration=12))
-    assert is_megatron(root) and is_megatron(root / "iter_0000012") and not is_megatron(dense.path)
+    assert is_mcore(root) and is_mcore(root / "iter_0000012") and not is_mcore(dense.path)
     assert locate(root / "iter_0000012").root == root
     (root / "latest_checkpointed_iteration.txt").unlink()
     assert locate(root).iteration == 12
