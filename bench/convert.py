@@ -3,7 +3,8 @@
     python bench/convert.py --sizes 2 4 8
 
 A synthetic language model of so many gigabytes (random bytes in bfloat16, layers of 4096 x 12288) is converted from
-safetensors to ``torch_dist``, back, and from one tensor rank to eight in Megatron's per-rank format. Each conversion is
+safetensors to ``torch_dist``, back, and from one tensor rank to eight in Megatron's per-rank format; and an adapter of
+rank 8 beside every linear layer is merged into it. Each conversion is
 a process of its own, which says how long the conversion took once its libraries were imported; its peak memory is the
 kernel's own figure (``ru_maxrss``). ``cp`` copies the same input. Both end when the output is on the disk (fsync of
 every file). They alternate; the input is in the page cache for both, as far as memory allows (nothing is dropped).
@@ -30,7 +31,7 @@ from bench.harness import Line
 
 GB = 10**9
 HIDDEN, INNER, VOCAB = 4096, 12288, 32768
-WORKS = ("HF -> torch_dist", "torch_dist -> HF", "TP1 -> TP8")
+WORKS = ("HF -> torch_dist", "torch_dist -> HF", "TP1 -> TP8", "merge LoRA")
 LIMIT_GB = 2.0
 
 
@@ -55,9 +56,11 @@ def main() -> int:
 
 
 def measured(folder: Path, size: float, repeats: int, threads: int) -> list[Line]:
-    """The three conversions of a model of ``size`` gigabytes, each against copies of its input."""
-    inputs = {WORKS[0]: folder / "hf", WORKS[1]: folder / "torch_dist", WORKS[2]: folder / "tp1"}
+    """The conversions of a model of ``size`` gigabytes, each against copies of its input."""
+    places = (folder / "hf", folder / "torch_dist", folder / "tp1", folder / "hf")
+    inputs = dict(zip(WORKS, places, strict=True))
     make_model(inputs[WORKS[0]], size)
+    make_adapter(inputs[WORKS[0]], folder / "adapter")
     run(WORKS[0], inputs[WORKS[0]], inputs[WORKS[1]], threads)
     run("TP1", inputs[WORKS[0]], inputs[WORKS[2]], threads)
     lines = []
@@ -108,6 +111,8 @@ def flush(file: Path) -> None:
 
 def child(work: str, source: Path, out: Path) -> int:
     """One conversion; prints its seconds."""
+    if work == WORKS[3]:
+        return merge(source, out)
     from tessera.models.families import family_of
     from tessera.weights.hf import Checkpoint
     from tessera.weights.megatron import convert
@@ -134,6 +139,42 @@ def child(work: str, source: Path, out: Path) -> int:
         convert.write_side_files(checkpoint, out)
     print(time.perf_counter() - started)
     return 0
+
+
+def merge(source: Path, out: Path) -> int:
+    """Merge the adapter beside ``source`` into it; prints the seconds."""
+    import peft  # noqa: F401 (imported before the clock starts, as everything else is)
+
+    from tessera.config.resolve import resolve
+    from tessera.recipes import export
+
+    adapter = source.parent / "adapter"
+    words = ["--model", source, "--adapters", adapter, "--merge_lora", "true", "--output_dir", out]
+    run = resolve(["export", *map(str, words)], {})
+    started = time.perf_counter()
+    export.write(run)
+    print(time.perf_counter() - started)
+    return 0
+
+
+def make_adapter(model: Path, folder: Path) -> None:
+    """An adapter of rank 8 beside every linear layer of the language model in ``model``, as peft writes it."""
+    import torch
+    from safetensors.torch import save_file
+
+    from tessera.weights.hf import Checkpoint
+
+    folder.mkdir()
+    tensors = {}
+    for name, entry in Checkpoint(model).entries.items():
+        if ".layers." in name and len(entry.shape) == 2:
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = 1e-3 * torch.randn(8, entry.shape[1])
+            tensors[f"{stem}.lora_B.weight"] = 1e-3 * torch.randn(entry.shape[0], 8)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = sorted({name.split(".")[-3] for name in tensors})
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": targets, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def make_model(folder: Path, size: float) -> None:

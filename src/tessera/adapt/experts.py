@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tessera.adapt.stored import Stored
 from tessera.contract.seams import Divisible
-from tessera.contract.shards import WHOLE, Shards, keep
+from tessera.contract.shards import WHOLE, Part, Shards, keep, whole
 from tessera.models.layers import gated
 from tessera.models.moe import Experts, Router, grouped_product
 
@@ -85,16 +85,17 @@ class ExpertLora(Divisible):
     def merged(self) -> Experts:
         """The experts with their adapters added, in float32 and then in their own type."""
         for part in PARTS:
-            self.add(part, self.base_layer.get_parameter(part).data)
+            whole_one = self.base_layer.get_parameter(part)
+            whole_one.data = self.added(part, whole_one.data, whole(tuple(whole_one.shape))).to(whole_one.dtype)
         return self.base_layer
 
     @torch.no_grad()
-    def add(self, part: str, weight: Tensor) -> None:
-        """Add the adapter of ``part`` to the values ``weight``, in place."""
-        a, b = self.get_parameter(f"lora_A_{part}"), self.get_parameter(f"lora_B_{part}")
-        # One expert at a time: the stack in float32 would be as large as the layer twice over.
-        for matrix, first, second in zip(weight, a, b, strict=True):
-            matrix.copy_(matrix.float() + self.scaling * (second.float() @ first.float()))
+    def added(self, part: str, weight: Tensor, region: Part) -> Tensor:
+        """The values ``weight`` of a region (of whole rows) of ``part`` and its adapter's together, in float32."""
+        experts, rows = region[0], region[1]
+        a = self.get_parameter(f"lora_A_{part}")[experts].float()
+        b = self.get_parameter(f"lora_B_{part}")[experts, rows].float()
+        return weight.to(torch.float32, copy=True).baddbmm_(b, a, alpha=self.scaling)
 
 
 class RouterLora(Divisible):
@@ -129,14 +130,17 @@ class RouterLora(Divisible):
     @torch.no_grad()
     def merged(self) -> Router:
         """The router with its adapter added, in float32 and then in its own type."""
-        self.add("weight", self.base_layer.weight.data)
+        weight = self.base_layer.weight
+        weight.data = self.added("weight", weight.data, whole(tuple(weight.shape))).to(weight.dtype)
         return self.base_layer
 
     @torch.no_grad()
-    def add(self, part: str, weight: Tensor) -> None:
-        """Add the adapter to the values ``weight``, in place; a router has nothing else that is adapted."""
-        if part == "weight":
-            weight.copy_(weight.float() + self.scaling * (self.lora_B_weight.float() @ self.lora_A_weight.float()))
+    def added(self, part: str, weight: Tensor, region: Part) -> Tensor:
+        """As :meth:`ExpertLora.added`; a router has nothing but its weight that is adapted."""
+        if part != "weight":
+            return weight
+        b, a = self.lora_B_weight[region[0]].float(), self.lora_A_weight.float()
+        return weight.to(torch.float32, copy=True).addmm_(b, a, alpha=self.scaling)
 
 
 def routers_in(model: nn.Module) -> tuple[str, ...]:

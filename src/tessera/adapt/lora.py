@@ -446,9 +446,9 @@ def merge(model: nn.Module) -> int:
             )
     for name, layer in layers:
         base = layer.get_base_layer()
-        base.weight.data = merged_weight(layer, _weight(layer)).to(base.weight.dtype)
+        base.weight.data = merged_weight(layer, _weight(layer), slice(None)).to(base.weight.dtype)
         if base.bias is not None:
-            base.bias.data = merged_bias(layer, base.bias.data).to(base.bias.dtype)
+            base.bias.data = merged_bias(layer, base.bias.data, slice(None)).to(base.bias.dtype)
         model.set_submodule(name, base)
     stacks = experts.wrapped_in(model)
     for name, stack in stacks:
@@ -457,18 +457,21 @@ def merge(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def merged_weight(layer: Any, weight: Tensor) -> Tensor:
-    """``W + scale B A`` in float32 for the ``weight`` of an adapted layer; with DoRA, rows as long as it learnt."""
-    update = layer.lora_B[_NAME].weight.float() @ layer.lora_A[_NAME].weight.float()
-    merged = weight.float() + layer.scaling[_NAME] * update
+def merged_weight(layer: Any, weight: Tensor, rows: slice) -> Tensor:
+    """``W + scale B A`` in float32 for these ``rows`` of the weight of an adapted layer, which ``weight`` holds.
+
+    With DoRA, rows as long as it learnt.
+    """
+    first, second = layer.lora_A[_NAME].weight.float(), layer.lora_B[_NAME].weight[rows].float()
+    merged = weight.to(torch.float32, copy=True).addmm_(second, first, alpha=layer.scaling[_NAME])
     if _NAME in layer.lora_magnitude_vector:
-        magnitude = layer.lora_magnitude_vector[_NAME].weight.float()
+        magnitude = layer.lora_magnitude_vector[_NAME].weight[rows].float()
         merged *= (magnitude / torch.linalg.norm(merged, dim=1)).unsqueeze(1)
     return merged
 
 
 @torch.no_grad()
-def merged_bias(layer: Any, bias: Tensor) -> Tensor:
-    """The ``bias`` of an adapted layer with the adapter's own, if it has one."""
+def merged_bias(layer: Any, bias: Tensor, rows: slice) -> Tensor:
+    """These ``rows`` of the bias of an adapted layer, which ``bias`` holds, with the adapter's own, if it has one."""
     extra = layer.lora_B[_NAME].bias
-    return bias if extra is None else bias + (extra * layer.scaling[_NAME]).to(bias.dtype)
+    return bias if extra is None else bias + (extra[rows] * layer.scaling[_NAME]).to(bias.dtype)

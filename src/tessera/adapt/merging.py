@@ -1,9 +1,9 @@
 """A model with an adapter added in, tensor by tensor.
 
-Merging needs one weight at a time: its own values, and the small A and B beside it. So the model stays on the meta
-device, only the adapter has memory, and whoever writes the result asks for one tensor after the other::
+Merging needs some rows of one weight at a time: their own values, A, and the same rows of B. So the model stays on the
+meta device, only the adapter has memory, and whoever writes the result asks for one region after the other::
 
-    empty model --attach--> wrapped model, adapter filled --value("...q_proj.weight")--> W + scale B A, in float32
+    empty model --attach--> wrapped model, adapter filled --region("...q_proj.weight", rows)--> W + scale B A, in float32
 
 What no adapter touches is read and handed on as it is.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from tessera.adapt import experts, lora
-from tessera.adapt.experts import ExpertLora, RouterLora
 from tessera.contract.plan import within
+from tessera.contract.shards import Part
 
 
 def give_memory(model: nn.Module, saved: Sequence[str]) -> None:
@@ -31,42 +31,35 @@ def give_memory(model: nn.Module, saved: Sequence[str]) -> None:
 
 
 class Merged:
-    """The tensors of an adapted model on the meta device under their plain names; ``read`` gives those of the base."""
+    """The tensors of an adapted model on the meta device under their plain names.
 
-    def __init__(self, model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    ``read`` gives regions of those of the base.
+    """
+
+    def __init__(self, model: nn.Module, read: Callable[[str, Part], Tensor]) -> None:
         self._read = read
-        layers: dict[str, Any] = dict(lora.layers_in(model))
-        stacks = dict(experts.wrapped_in(model))
-        self.adapted = len(layers) + len(stacks)
-        self._values: dict[str, Callable[[], Tensor]] = {}
+        self._layers: dict[str, Any] = dict(lora.layers_in(model))
+        self._stacks = dict(experts.wrapped_in(model))
+        self._held: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
             plain = lora.stored_name(name)
-            if plain is None:
-                continue
-            owner, _, leaf = plain.rpartition(".")
-            if not parameter.is_meta:
-                self._values[plain] = parameter.detach
-            elif owner in layers:
-                self._values[plain] = self._layer(layers[owner], plain, leaf)
-            elif owner in stacks:
-                self._values[plain] = self._stack(stacks[owner], plain, leaf)
+            if plain is not None and not parameter.is_meta:
+                self._held[plain] = parameter.detach()
 
-    def value(self, name: str) -> Tensor:
-        """The tensor ``name`` of the plain model: merged ones in float32, others in the type they are stored in."""
-        found = self._values.get(name)
-        return self._read(name) if found is None else found()
+    @property
+    def adapted(self) -> int:
+        """How many layers have an adapter."""
+        return len(self._layers) + len(self._stacks)
 
-    def _layer(self, layer: Any, name: str, leaf: str) -> Callable[[], Tensor]:
-        def value() -> Tensor:
-            held = self._read(name)
-            return lora.merged_weight(layer, held) if leaf == "weight" else lora.merged_bias(layer, held)
-
-        return value
-
-    def _stack(self, stack: ExpertLora | RouterLora, name: str, leaf: str) -> Callable[[], Tensor]:
-        def value() -> Tensor:
-            held = self._read(name)
-            stack.add(leaf, held)
-            return held
-
-        return value
+    def region(self, name: str, part: Part) -> Tensor:
+        """A region (of whole rows) of the plain model's tensor: merged ones in float32, others as they are stored."""
+        if name in self._held:
+            return self._held[name][part]
+        owner, _, leaf = name.rpartition(".")
+        value = self._read(name, part)
+        if owner in self._stacks:
+            return self._stacks[owner].added(leaf, value, part)
+        if owner not in self._layers:
+            return value
+        merge = lora.merged_weight if leaf == "weight" else lora.merged_bias
+        return merge(self._layers[owner], value, part[0])

@@ -12,6 +12,8 @@ ordinary tensors, boxes that are everything.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import prod
 from typing import Protocol
 
 import torch
@@ -24,6 +26,23 @@ Part = tuple[slice, ...]
 def whole(shape: tuple[int, ...]) -> Part:
     """The region that is everything."""
     return tuple(slice(0, size) for size in shape)
+
+
+def boxes(shape: tuple[int, ...], limit: int) -> Iterator[Part]:
+    """Regions of at most ``limit`` elements (or one) that follow each other in memory and cover a tensor."""
+    if prod(shape) <= limit:
+        if prod(shape):
+            yield whole(shape)
+        return
+    inner = prod(shape[1:])
+    if inner > limit:
+        for at in range(shape[0]):
+            for rest in boxes(shape[1:], limit):
+                yield (slice(at, at + 1), *rest)
+        return
+    rows = limit // inner
+    for start in range(0, shape[0], rows):
+        yield (slice(start, min(start + rows, shape[0])), *whole(shape[1:]))
 
 
 class Shards(Protocol):

@@ -22,6 +22,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from tessera.checkpoint.store import write_json
 from tessera.config.errors import UserError
 from tessera.config.run import Run
 from tessera.contract.model import Geometry, dtype_of
-from tessera.contract.shards import WHOLE, whole
+from tessera.contract.shards import WHOLE, Part, boxes
 from tessera.infer.session import renaming
 from tessera.weights import hf, hub
 from tessera.weights.saving import Saving
@@ -42,6 +43,8 @@ from tessera.weights.saving import Saving
 ARGS_FILE = "args.json"
 LIMITS = ("max_pixels", "min_pixels", "max_num", "use_tiling")
 """Flags that say how an image is shown."""
+REGION = 2**19
+"""Elements of a tensor that are merged at a time: few enough to stay in the processor's cache."""
 PRODUCT = (*hf.SIDE_FILES, "*.safetensors", "*.safetensors.index.json", ARGS_FILE)
 """Name patterns of what an export writes."""
 
@@ -87,14 +90,14 @@ def write(run: Run) -> Path:
     if run.dry_run:
         return out
     dtype = dtype_of(run.model.torch_dtype) if _asked(run, "torch_dtype") and run.model.torch_dtype else None
-    shapes, values = tensors_of(run, source)
+    shapes, read = tensors_of(run, source)
     resharded = _asked(run, "max_shard_size") or source.origin is None
     entries, to_disk = source.checkpoint.entries, source.weightmap.to_disk
     tensors = {name: (entries[to_disk(name)].dtype, shape) for name, shape in shapes.items()}
     origin, limit = None if resharded else source.origin, run.save.max_shard_size
     saving = Saving.planned(tensors, source.disk_names, origin=origin, dtype=dtype, max_shard_size=limit)
     with appearing(out) as aside:
-        saving.write(aside, lambda name: [(whole(shapes[name]), values(name))])
+        saving.write(aside, partial(_regions, shapes, read), at_once=True)
         if resharded:
             hf.copy_side_files(source.path, aside, dtype)
         limit_processor(aside, run, source.geometry)
@@ -102,10 +105,10 @@ def write(run: Run) -> Path:
     return out
 
 
-def tensors_of(run: Run, source: door.Source) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
-    """The shapes of the model's tensors by our names, and what gives each of them, with the adapter added in if asked.
+def tensors_of(run: Run, source: door.Source) -> tuple[dict[str, tuple[int, ...]], Callable[[str, Part], Tensor]]:
+    """The shapes of the model's tensors by our names, and what gives regions of them, the adapter added in if asked.
 
-    One tensor is held at a time: the model may be larger than the memory.
+    Nothing is held: the model may be larger than the memory.
     """
     with torch.device("meta"):
         module = source.family.build(source.config)
@@ -119,7 +122,15 @@ def tensors_of(run: Run, source: door.Source) -> tuple[dict[str, tuple[int, ...]
     fill(module, WHOLE)
     merged = merging.Merged(module, read)
     print(f"merging {merged.adapted} adapted layers of {directory} into {source.location}", flush=True)
-    return shapes, merged.value
+    return shapes, merged.region
+
+
+def _regions(
+    shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, Part], Tensor], name: str
+) -> Iterator[tuple[Part, Tensor]]:
+    """All of a tensor, some rows at a time."""
+    for part in boxes(shapes[name], REGION):
+        yield part, read(name, part)
 
 
 def limit_processor(directory: Path, run: Run, geometry: Geometry) -> None:

@@ -15,7 +15,8 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -32,6 +33,9 @@ SINGLE = "model.safetensors"
 
 STEP = 32 * 2**20
 """Bytes that are copied between two requests to the disk to begin writing them."""
+
+WORKERS = 4
+"""Files or tensors under way at the same time, at most: reading and writing let other threads run."""
 
 BUFFER = 2**20
 """Bytes that are copied at a time where the kernel cannot."""
@@ -138,6 +142,8 @@ class Writer:
         for index, start in enumerate(starts):
             run = values[index * length * size : (index + 1) * length * size]
             write_all(descriptor, run, data + entry.start + start * size)
+            if len(run) >= BUFFER:
+                start_writing(descriptor, data + entry.start + start * size, len(run))
 
 
 def runs(shape: tuple[int, ...], part: Part) -> tuple[list[int], int]:
@@ -225,3 +231,20 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
+
+
+def at_once(tasks: Iterable[Callable[[], None]]) -> None:
+    """Run all tasks, several at a time; the first error stops those that have not begun and is raised.
+
+    Each computes on one core: together they have them all.
+    """
+    workers = max(1, min(WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for future in [pool.submit(task) for task in tasks]:
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)

@@ -165,8 +165,8 @@ def load(
 
 def reader(
     checkpoint: Checkpoint, weightmap: WeightMap, shapes: Mapping[str, tuple[int, ...]]
-) -> Callable[[str], Tensor]:
-    """What reads one tensor of a model by our name, as it is stored; every tensor is accounted for first."""
+) -> Callable[[str, Part], Tensor]:
+    """What reads a region of a tensor by our name, as it is stored; every tensor is accounted for first."""
     weightmap = weightmap.settled(shapes, {name: entry.shape for name, entry in checkpoint.entries.items()})
     account(shapes, checkpoint, weightmap)
     pieces = {name: weightmap.pieces(name, shape) for name, shape in shapes.items()}
@@ -174,9 +174,13 @@ def reader(
         for copy in weightmap.copies(name):
             check_copy(checkpoint, copy, pieces[name][0].disk, whole(shape))
 
-    def read(name: str) -> Tensor:
-        value = torch.empty(shapes[name], dtype=checkpoint.entries[pieces[name][0].disk].dtype)
-        _fill(value, regions(checkpoint, pieces[name], whole(shapes[name])))
+    def read(name: str, part: Part) -> Tensor:
+        shape = tuple(cut.stop - cut.start for cut in part)
+        found = list(regions(checkpoint, pieces[name], part))
+        if len(found) == 1 and found[0][1].shape == shape:
+            return found[0][1]
+        value = torch.empty(shape, dtype=checkpoint.entries[pieces[name][0].disk].dtype)
+        _fill(value, found)
         return value
 
     return read

@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,6 +32,7 @@ from tessera.config.errors import UserError
 from tessera.contract.layout import ParallelLayout
 from tessera.contract.shards import Part
 from tessera.contract.weightmap import Piece, WeightMap
+from tessera.weights import files
 from tessera.weights.files import INDEX, SINGLE, Entry, Writer
 from tessera.weights.shards import held, local, plain, speaks
 
@@ -157,19 +159,34 @@ class Saving:
         shares = {name: Share(share.part, copy(name, share.values)) for name, share in self.shares.items()}
         return replace(self, shares=shares)
 
-    def write(self, out_dir: Path, values: Callable[[str], Iterable[tuple[Part, Tensor]]] | None = None) -> None:
+    def write(
+        self,
+        out_dir: Path,
+        values: Callable[[str], Iterable[tuple[Part, Tensor]]] | None = None,
+        *,
+        at_once: bool = False,
+    ) -> None:
         """Write this rank's part into the existing, empty directory ``out_dir``; OSError if the disk refuses.
 
         If the plan has no values, ``values(name)`` yields regions of a tensor with theirs, all of it in the end; one
-        region is held at a time. Ranks don't wait for each other: the files are complete when all have returned.
+        region is held at a time, or (``at_once``) a few, of different tensors. Ranks don't wait for each other: the
+        files are complete when all have returned.
         """
         with ExitStack() as stack:
             metadata = self.origin.metadata if self.origin else {}
             writer = Writer(out_dir, self.entries, metadata, stack, creates=self.creates)
-            for name, own in self.shares.items():
+
+            def write_tensor(name: str, own: Share) -> None:
                 for share in [own] if values is None else starmap(Share, values(name)):
                     for piece in self.pieces[name]:
                         _put(writer, piece, share)
+
+            tasks = (partial(write_tensor, name, own) for name, own in self.shares.items())
+            if at_once:
+                files.at_once(tasks)
+            else:
+                for task in tasks:
+                    task()
             if self.origin is not None and self.creates:
                 placed = {piece.disk for parts in self.pieces.values() for piece in parts}
                 for left in self.entries.keys() - placed:

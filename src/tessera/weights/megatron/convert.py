@@ -31,14 +31,14 @@ from tessera.config.errors import UserError
 from tessera.contract.model import Family, HFConfig
 from tessera.contract.shards import whole
 from tessera.contract.weightmap import WeightMap
-from tessera.weights.files import DTYPES, Entry, Writer
+from tessera.weights.files import DTYPES, Entry, Writer, at_once
 from tessera.weights.hf import INDEX, Checkpoint, account, check_copy, copy_side_files, shapes_of
 from tessera.weights.megatron import legacy_writer, torch_dist_writer
 from tessera.weights.megatron.assembled import Assembled
 from tessera.weights.megatron.checkpoint import LEGACY, TORCH_DIST, locate
 from tessera.weights.megatron.options import Options, common, stacks, vocabulary
 from tessera.weights.megatron.publish import publishing
-from tessera.weights.megatron.stored import Reader, Stored, at_once
+from tessera.weights.megatron.stored import Reader, Stored
 from tessera.weights.megatron.table import Row, Table
 from tessera.weights.megatron.tiling import Shape, Tile, Tiling
 from tessera.weights.megatron.towers import make_table

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from tessera.weights.files import at_once
 from tessera.weights.megatron import archive
 from tessera.weights.megatron.legacy import FILES, LAYER
 from tessera.weights.megatron.names import local_spelling
 from tessera.weights.megatron.ranks import Ranks, shard
-from tessera.weights.megatron.stored import Reader, at_once
+from tessera.weights.megatron.stored import Reader
 from tessera.weights.megatron.table import Table
 from tessera.weights.megatron.tiling import Tile, Tiling
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tessera.config.errors import UserError
+from tessera.weights.files import at_once
 from tessera.weights.hf import Checkpoint
 from tessera.weights.megatron import archive, legacy, legacy_writer
 from tessera.weights.megatron.checkpoint import LEGACY, Megatron, locate
@@ -27,7 +28,7 @@ from tessera.weights.megatron.legacy import LAYER, Rank, RankFile
 from tessera.weights.megatron.options import Options
 from tessera.weights.megatron.publish import publishing
 from tessera.weights.megatron.ranks import Ranks
-from tessera.weights.megatron.stored import Reader, Stored, at_once
+from tessera.weights.megatron.stored import Reader, Stored
 from tessera.weights.megatron.table import COLUMNS, COPIED, ROWS, Builder, Source, Split
 from tessera.weights.megatron.tiling import Tiling, same
 from tessera.weights.saving import some

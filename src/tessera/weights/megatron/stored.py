@@ -24,15 +24,12 @@ import torch
 from torch import Tensor
 
 from tessera.config.errors import UserError
-from tessera.contract.shards import Part, whole
+from tessera.contract.shards import Part, boxes, whole
 from tessera.weights.files import STEP, copy_bytes, runs, start_writing, write_all
 from tessera.weights.megatron.tiling import Shape, Tile, Tiling, extents
 
 BAND = 4 * 2**20
 """Bytes of a band: small enough to stay in the processor's cache from reading to writing."""
-
-WORKERS = 4
-"""Files or tensors under way at the same time, at most: reading and writing let other threads run."""
 
 RUN = 16 * 2**10
 """Bytes from which on a run is read by itself rather than through a mapping."""
@@ -138,7 +135,7 @@ class Reader:
         """The bytes of a tensor in pieces that follow each other, flat uint8; each is valid until the next."""
         size = dtype.itemsize
         buffer = torch.empty(min(BAND, max(prod(tiling.shape) * size, 1)), dtype=torch.uint8)
-        for part in _boxes(tiling.shape, max(BAND // size, 1)):
+        for part in boxes(tiling.shape, max(BAND // size, 1)):
             shape = extents(part)
             values = buffer[: prod(shape) * size]
             self.fill(tiling, part, values.view(dtype).view(shape))
@@ -224,17 +221,6 @@ def _cut_short(file: Path) -> UserError:
     return UserError(f"{file}: is cut short; copy the checkpoint again")
 
 
-def at_once(tasks: Iterable[Callable[[], None]]) -> None:
-    """Run all tasks, several at a time; the first error stops those that have not begun and is raised."""
-    workers = max(1, min(WORKERS, len(os.sched_getaffinity(0))))
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for future in [pool.submit(task) for task in tasks]:
-            future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _strides(shape: Shape) -> Shape:
     return tuple(prod(shape[at + 1 :]) for at in range(len(shape)))
 
@@ -243,20 +229,3 @@ def _cut(starts: list[int], length: int, wanted: int) -> Iterator[int]:
     """The starts of runs of ``wanted`` elements, which divides the ``length`` of those given."""
     assert length % wanted == 0
     return (start + at for start in starts for at in range(0, length, wanted))
-
-
-def _boxes(shape: Shape, limit: int) -> Iterator[Part]:
-    """Boxes of at most ``limit`` elements (or one) that follow each other in memory and cover a tensor."""
-    if prod(shape) <= limit:
-        if prod(shape):
-            yield whole(shape)
-        return
-    inner = prod(shape[1:])
-    if inner > limit:
-        for at in range(shape[0]):
-            for rest in _boxes(shape[1:], limit):
-                yield (slice(at, at + 1), *rest)
-        return
-    rows = limit // inner
-    for start in range(0, shape[0], rows):
-        yield (slice(start, min(start + rows, shape[0])), *whole(shape[1:]))

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 from tessera.contract.shards import whole
-from tessera.weights.files import write_all
+from tessera.weights.files import at_once, write_all
 from tessera.weights.megatron import archive
 from tessera.weights.megatron.names import local_spelling
 from tessera.weights.megatron.ranks import Ranks, shard
-from tessera.weights.megatron.stored import Reader, at_once
+from tessera.weights.megatron.stored import Reader
 from tessera.weights.megatron.table import Row, Table
 from tessera.weights.megatron.tiling import Shape, Tile, Tiling, extents
 from tessera.weights.megatron.torch_dist import METADATA, Chunk
