@@ -86,20 +86,25 @@ def write(run: Run) -> Path:
     check_free(out, exist_ok=run.export.exist_ok)
     if run.dry_run:
         return out
-    dtype = dtype_of(run.model.torch_dtype) if _asked(run, "torch_dtype") and run.model.torch_dtype else None
+    with appearing(out) as aside:
+        fill(run, source, aside)
+        write_json(aside / ARGS_FILE, args_of(run, source.location))
+    return out
+
+
+def fill(run: Run, source: door.Source, folder: Path) -> None:
+    """Write the model of ``source``, with the adapter added in if asked, and its side files into ``folder``."""
+    dtype = asked_dtype(run)
     shapes, values = tensors_of(run, source)
     resharded = _asked(run, "max_shard_size") or source.origin is None
     entries, to_disk = source.checkpoint.entries, source.weightmap.to_disk
     tensors = {name: (entries[to_disk(name)].dtype, shape) for name, shape in shapes.items()}
     origin, limit = None if resharded else source.origin, run.save.max_shard_size
     saving = Saving.planned(tensors, source.disk_names, origin=origin, dtype=dtype, max_shard_size=limit)
-    with appearing(out) as aside:
-        saving.write(aside, lambda name: [(whole(shapes[name]), values(name))])
-        if resharded:
-            hf.copy_side_files(source.path, aside, dtype)
-        limit_processor(aside, run, source.geometry)
-        write_json(aside / ARGS_FILE, args_of(run, source.location))
-    return out
+    saving.write(folder, lambda name: [(whole(shapes[name]), values(name))])
+    if resharded:
+        hf.copy_side_files(source.path, folder, dtype)
+    limit_processor(folder, run, source.geometry)
 
 
 def tensors_of(run: Run, source: door.Source) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
@@ -186,6 +191,11 @@ def _unchanged(run: Run) -> Path | None:
 def _asked(run: Run, flag: str) -> bool:
     """Whether the user set ``flag`` for this export, rather than training, long ago."""
     return run.provenance[flag] in ("flag", "yaml", "env")
+
+
+def asked_dtype(run: Run) -> torch.dtype | None:
+    """The type that the user wants written; None: each tensor's own."""
+    return dtype_of(run.model.torch_dtype) if _asked(run, "torch_dtype") and run.model.torch_dtype else None
 
 
 def check_free(out: Path, *, exist_ok: bool) -> None:

@@ -35,7 +35,7 @@ from tessera.weights.files import DTYPES, Entry, Writer
 from tessera.weights.hf import INDEX, Checkpoint, account, check_copy, copy_side_files, shapes_of
 from tessera.weights.megatron import legacy_writer, torch_dist_writer
 from tessera.weights.megatron.assembled import Assembled
-from tessera.weights.megatron.checkpoint import LEGACY, TORCH_DIST, locate
+from tessera.weights.megatron.checkpoint import LEGACY, TORCH_DIST
 from tessera.weights.megatron.options import Options, common, stacks, vocabulary
 from tessera.weights.megatron.publish import publishing
 from tessera.weights.megatron.stored import Reader, Stored, at_once
@@ -158,18 +158,11 @@ def write(
             legacy_writer.write(aside, table, dtypes, ranks, values, reader, held, local=options.local)
 
 
-def reshard(
-    path: Path, family: Family, config: HFConfig, root: Path, options: Options, *, dialect: str | None = None
-) -> Account:
-    """Write the Megatron checkpoint at ``path`` for other ranks, in another format or dialect, into ``root``.
+def reshard(assembled: Assembled, family: Family, config: HFConfig, root: Path, options: Options) -> Account:
+    """Write a Megatron checkpoint for other ranks, in another format or dialect, into the existing directory ``root``.
 
-    ``dialect`` is the one of ``path`` (None: found out by its names).
+    Errors as of :func:`to_megatron`.
     """
-    return resharded(locate(path).assembled(family, config, dialect), family, config, root, options)
-
-
-def resharded(assembled: Assembled, family: Family, config: HFConfig, root: Path, options: Options) -> Account:
-    """As :func:`reshard`, of a checkpoint that was read already."""
     source = from_megatron(assembled)
     if assembled.table.dialect == options.dialect:
         # The same tensors: nothing needs to go through ours, and types of single ones are kept.
