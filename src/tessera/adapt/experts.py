@@ -82,13 +82,6 @@ class ExpertLora(Divisible):
             shards.local(self.get_parameter(f"lora_B_{part}")).zero_()
 
     @torch.no_grad()
-    def merged(self) -> Experts:
-        """The experts with their adapters added, in float32 and then in their own type."""
-        for part in PARTS:
-            self.add(part, self.base_layer.get_parameter(part).data)
-        return self.base_layer
-
-    @torch.no_grad()
     def add(self, part: str, weight: Tensor) -> None:
         """Add the adapter of ``part`` to the values ``weight``, in place."""
         a, b = self.get_parameter(f"lora_A_{part}"), self.get_parameter(f"lora_B_{part}")
@@ -125,12 +118,6 @@ class RouterLora(Divisible):
             shards,
         )
         shards.local(self.lora_B_weight).zero_()
-
-    @torch.no_grad()
-    def merged(self) -> Router:
-        """The router with its adapter added, in float32 and then in its own type."""
-        self.add("weight", self.base_layer.weight.data)
-        return self.base_layer
 
     @torch.no_grad()
     def add(self, part: str, weight: Tensor) -> None:

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.adapt import lora, merging
+from tessera.adapt.merging import Merged
 from tessera.checkpoint import open as door
 from tessera.checkpoint.store import write_json
 from tessera.config.errors import UserError
 from tessera.config.run import Run
 from tessera.contract.model import Geometry, dtype_of
-from tessera.contract.shards import WHOLE, whole
+from tessera.contract.shards import whole
 from tessera.infer.session import renaming
 from tessera.weights import hf, hub
 from tessera.weights.saving import Saving
@@ -119,10 +119,7 @@ def tensors_of(run: Run, source: door.Source) -> tuple[dict[str, tuple[int, ...]
     if not run.export.merge_lora:
         return shapes, read
     directory, rename = run.model.adapters[0], renaming(source, module)
-    made, fill = lora.attach(module, directory, source.plan.groups, trainable=False, rename=rename)
-    merging.give_memory(module, made.saved)
-    fill(module, WHOLE)
-    merged = merging.Merged(module, read)
+    merged = Merged.of(module, directory, source.plan.groups, read, rename)
     print(f"merging {merged.adapted} adapted layers of {directory} into {source.location}", flush=True)
     return shapes, merged.value
 

@@ -75,8 +75,9 @@ def exporting(*argv: str | Path, **env: str) -> Run:
         {"use_dora": True},
         {"use_rslora": True, "freeze_vit": False, "freeze_aligner": False},
         {"modules_to_save": ("model.visual.merger",)},
+        {"lora_bias": "all"},
     ],
-    ids=["lora", "dora", "everything", "saved"],
+    ids=["lora", "dora", "everything", "saved", "biases"],
 )
 def test_merged_equals_unmerged(base: Path, tmp_path: Path, flags: dict[str, Any]) -> None:
     adapter = write_adapter(base, tmp_path / "checkpoint-7", **flags)
