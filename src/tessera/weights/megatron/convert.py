@@ -76,9 +76,7 @@ def from_hf(checkpoint: Checkpoint, family: Family, config: HFConfig) -> Source:
     """Our tensors as they lie in a Hugging Face checkpoint; UserError unless they are exactly the model's."""
     with torch.device("meta"):
         shapes = shapes_of(family.build(config))
-    disk = {name: entry.shape for name, entry in checkpoint.entries.items()}
-    weightmap = family.weightmap(config, list(checkpoint.names)).settled(shapes, disk)
-    left_out = account(shapes, checkpoint, weightmap)
+    weightmap, left_out = account(shapes, checkpoint, family.weightmap(config, list(checkpoint.names)))
     tilings = {}
     for name, shape in shapes.items():
         tilings[name] = _from_disk(weightmap, name, shape)
