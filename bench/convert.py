@@ -130,7 +130,7 @@ def child(work: str, source: Path, out: Path) -> int:
             flush(file)
     elif work == WORKS[2]:
         options = convert.Options(dialect="lm", format=convert.LEGACY, ranks=Ranks(tp=8))
-        convert.reshard(source, family, config, out, options)
+        convert.reshard(locate(source).assembled(family, config), family, config, out, options)
     else:
         kind = convert.LEGACY if work == "TP1" else convert.TORCH_DIST
         checkpoint = Checkpoint(source)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import nn
 
 from tessera.adapt import fp8, lora, quant, targets, trainable
-from tessera.adapt.lora import adapter_tensors, attach, initialise, load_adapter, merge, save_adapter, stored_name
+from tessera.adapt.lora import adapter_tensors, attach, initialise, load_adapter, save_adapter, stored_name
 from tessera.adapt.quant import Quantisation, quantised_parameters
 from tessera.adapt.trainable import Adaptation, ParamGroup, param_groups, trainable_table
 from tessera.config.errors import UserError
@@ -28,7 +28,6 @@ __all__ = [
     "fp8",
     "initialise",
     "load_adapter",
-    "merge",
     "param_groups",
     "quantised_parameters",
     "save_adapter",

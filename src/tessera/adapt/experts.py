@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tessera.adapt.stored import Stored
 from tessera.contract.seams import Divisible
-from tessera.contract.shards import WHOLE, Part, Shards, keep, whole
+from tessera.contract.shards import WHOLE, Part, Shards, keep
 from tessera.models.layers import gated
 from tessera.models.moe import Experts, Router, grouped_product
 
@@ -82,14 +82,6 @@ class ExpertLora(Divisible):
             shards.local(self.get_parameter(f"lora_B_{part}")).zero_()
 
     @torch.no_grad()
-    def merged(self) -> Experts:
-        """The experts with their adapters added, in float32 and then in their own type."""
-        for part in PARTS:
-            whole_one = self.base_layer.get_parameter(part)
-            whole_one.data = self.added(part, whole_one.data, whole(tuple(whole_one.shape))).to(whole_one.dtype)
-        return self.base_layer
-
-    @torch.no_grad()
     def added(self, part: str, weight: Tensor, region: Part) -> Tensor:
         """The values ``weight`` of a region (of whole rows) of ``part`` and its adapter's together, in float32."""
         experts, rows = region[0], region[1]
@@ -126,13 +118,6 @@ class RouterLora(Divisible):
             shards,
         )
         shards.local(self.lora_B_weight).zero_()
-
-    @torch.no_grad()
-    def merged(self) -> Router:
-        """The router with its adapter added, in float32 and then in its own type."""
-        weight = self.base_layer.weight
-        weight.data = self.added("weight", weight.data, whole(tuple(weight.shape))).to(weight.dtype)
-        return self.base_layer
 
     @torch.no_grad()
     def added(self, part: str, weight: Tensor, region: Part) -> Tensor:

@@ -9,9 +9,9 @@ LoRA leaves a weight ``W [out, in]`` as it is and learns a difference of low ran
 The layers are those of the ``peft`` library, injected in place, so module names stay those of the transformers model
 and the files can be read by anything that reads peft's. What is ours: adapter parameters are float32 masters whatever
 the base dtype (run under autocast); their start is a function of the seed and the parameter's *name*, hence the same
-on every rank and layout; modules to save are trained in place rather than in a copy; merging is done in float32, layer
-by layer, and gives back the plain modules. Adapters can be put beside weights that have no values yet (meta): model and
-adapters are then spread over ranks, weights read, and each rank gives its own slices of the adapters their values
+on every rank and layout; modules to save are trained in place rather than in a copy; merging is done in float32,
+layer by layer (``merging``). Adapters can be put beside weights that have no values yet (meta): model and adapters are
+then spread over ranks, weights read, and each rank gives its own slices of the adapters their values
 (:func:`initialise`, or what :func:`attach` returns).
 """
 
@@ -327,7 +327,8 @@ def attach(
 ) -> tuple[Adaptation, Callable[[nn.Module, Shards], None]]:
     """As :func:`load_adapter` for a ``model`` that may be empty: what was done, and what fills it.
 
-    The second is called when ``model``, or what this rank holds of it, has its memory.
+    The second is called when ``model``, or what this rank holds of it, has its memory; what the file holds gets it then
+    if it has none.
     """
     config = read_config(Path(directory), ("weight", *experts.PARTS))
     tensors = {_memory_name(key, rename): tensor for key, tensor in open_tensors(Path(directory)).items()}
@@ -411,9 +412,13 @@ def _places(model: nn.Module, tensors: dict[str, Stored], saved: Sequence[str], 
 @torch.no_grad()
 def _fill(model: nn.Module, shards: Shards, *, places: Places, source: str) -> None:
     """Copy every tensor, or this rank's slice of it, to its parameter."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in list(model.named_parameters()):
         if name not in places:
             continue
+        if parameter.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
+            model.get_submodule(owner).register_parameter(leaf, parameter)
         target, part = shards.local(parameter), shards.held(parameter)
         if not target.numel():
             continue
@@ -428,32 +433,6 @@ def _fill(model: nn.Module, shards: Shards, *, places: Places, source: str) -> N
 
 
 # ------------------------------------------------------------------------------------------------------------- merging
-
-
-@torch.no_grad()
-def merge(model: nn.Module) -> int:
-    """Add every adapter into its weight (in float32, then in the weight's dtype) and remove it; returns how many.
-
-    Afterwards modules have their plain names again. A quantised base is refused: rounding the sum to four bits would
-    lose most of what was learnt.
-    """
-    layers = list(layers_in(model))
-    for name, layer in layers:
-        if is_quantised(layer.get_base_layer()):
-            raise UserError(
-                f"--merge_lora true: {name} is quantised and cannot take the adapter in; "
-                "export without --quant_method, so that the adapter is merged into the unquantised weights"
-            )
-    for name, layer in layers:
-        base = layer.get_base_layer()
-        base.weight.data = merged_weight(layer, _weight(layer), slice(None)).to(base.weight.dtype)
-        if base.bias is not None:
-            base.bias.data = merged_bias(layer, base.bias.data, slice(None)).to(base.bias.dtype)
-        model.set_submodule(name, base)
-    stacks = experts.wrapped_in(model)
-    for name, stack in stacks:
-        model.set_submodule(name, stack.merged())
-    return len(layers) + len(stacks)
 
 
 @torch.no_grad()

@@ -51,8 +51,9 @@ def check(values: Mapping[str, Any], given: Callable[[str], bool], label: Callab
         )
     if to_hf and not theirs:
         raise usage_error("--to_hf true needs --mcore_model DIR or --mcore_adapters DIR, a Megatron checkpoint")
-    if len(values["mcore_adapters"]) > 1:
-        raise usage_error(f"{label('mcore_adapters')}: one adapter is exported at a time")
+    if (to_mcore or to_hf) and len(values["mcore_adapters"]) + len(values["adapters"]) > 1:
+        name = "mcore_adapters" if values["mcore_adapters"] else "adapters"
+        raise usage_error(f"{label(name)}: one adapter is exported at a time")
     if values["mcore_vision_model"] and not values["mcore_model"]:
         raise usage_error(f"{label('mcore_vision_model')} needs --mcore_model, the language model to combine it with")
     _written(values, given, label)

@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.adapt import lora, merging
+from tessera.adapt.merging import Merged
 from tessera.checkpoint import open as door
 from tessera.checkpoint.store import write_json
 from tessera.config.errors import UserError
 from tessera.config.run import Run
 from tessera.contract.model import Geometry, dtype_of
-from tessera.contract.shards import WHOLE, Part, boxes
+from tessera.contract.shards import Part, boxes
 from tessera.infer.session import renaming
 from tessera.weights import hf, hub
 from tessera.weights.saving import Saving
@@ -89,20 +89,25 @@ def write(run: Run) -> Path:
     check_free(out, exist_ok=run.export.exist_ok)
     if run.dry_run:
         return out
-    dtype = dtype_of(run.model.torch_dtype) if _asked(run, "torch_dtype") and run.model.torch_dtype else None
+    with appearing(out) as aside:
+        fill(run, source, aside)
+        write_json(aside / ARGS_FILE, args_of(run, source.location))
+    return out
+
+
+def fill(run: Run, source: door.Source, folder: Path) -> None:
+    """Write the model of ``source``, with the adapter added in if asked, and its side files into ``folder``."""
+    dtype = asked_dtype(run)
     shapes, read = tensors_of(run, source)
     resharded = _asked(run, "max_shard_size") or source.origin is None
     entries, to_disk = source.checkpoint.entries, source.weightmap.to_disk
     tensors = {name: (entries[to_disk(name)].dtype, shape) for name, shape in shapes.items()}
     origin, limit = None if resharded else source.origin, run.save.max_shard_size
     saving = Saving.planned(tensors, source.disk_names, origin=origin, dtype=dtype, max_shard_size=limit)
-    with appearing(out) as aside:
-        saving.write(aside, partial(_regions, shapes, read), at_once=True)
-        if resharded:
-            hf.copy_side_files(source.path, aside, dtype)
-        limit_processor(aside, run, source.geometry)
-        write_json(aside / ARGS_FILE, args_of(run, source.location))
-    return out
+    saving.write(folder, partial(_regions, shapes, read), at_once=True)
+    if resharded:
+        hf.copy_side_files(source.path, folder, dtype)
+    limit_processor(folder, run, source.geometry)
 
 
 def tensors_of(run: Run, source: door.Source) -> tuple[dict[str, tuple[int, ...]], Callable[[str, Part], Tensor]]:
@@ -117,10 +122,7 @@ def tensors_of(run: Run, source: door.Source) -> tuple[dict[str, tuple[int, ...]
     if not run.export.merge_lora:
         return shapes, read
     directory, rename = run.model.adapters[0], renaming(source, module)
-    made, fill = lora.attach(module, directory, source.plan.groups, trainable=False, rename=rename)
-    merging.give_memory(module, made.saved)
-    fill(module, WHOLE)
-    merged = merging.Merged(module, read)
+    merged = Merged.of(module, directory, source.plan.groups, read, rename)
     print(f"merging {merged.adapted} adapted layers of {directory} into {source.location}", flush=True)
     return shapes, merged.region
 
@@ -129,7 +131,7 @@ def _regions(
     shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, Part], Tensor], name: str
 ) -> Iterator[tuple[Part, Tensor]]:
     """All of a tensor, some rows at a time."""
-    for part in boxes(shapes[name], REGION):
+    for part in boxes(shapes[name], max(REGION, *shapes[name][-1:])):
         yield part, read(name, part)
 
 
@@ -197,6 +199,11 @@ def _unchanged(run: Run) -> Path | None:
 def _asked(run: Run, flag: str) -> bool:
     """Whether the user set ``flag`` for this export, rather than training, long ago."""
     return run.provenance[flag] in ("flag", "yaml", "env")
+
+
+def asked_dtype(run: Run) -> torch.dtype | None:
+    """The type that the user wants written; None: each tensor's own."""
+    return dtype_of(run.model.torch_dtype) if _asked(run, "torch_dtype") and run.model.torch_dtype else None
 
 
 def check_free(out: Path, *, exist_ok: bool) -> None:

@@ -18,13 +18,10 @@ name. Whatever goes wrong, nothing lies under that name.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import torch
 
 from tessera.checkpoint import open as door
 from tessera.checkpoint.store import write_json
@@ -57,19 +54,17 @@ def main(run: Run) -> Path:
         write = by_name(run)
         if write is not None:
             return _by_name(run, out, write)
-    with source_of(run) as source:
-        if asked.to_mcore:
-            options_of(run, source)  # asked for before anything is written
-        if run.dry_run:
-            return _planned(run, out)
-        with export.appearing(out, PRODUCT) as aside:
-            if _kept(run):
-                _convert_adapter(run, source, aside)
-            else:
-                _tell(_to_mcore(run, source, aside) if asked.to_mcore else _to_hf(run, source, aside))
-                if asked.test_convert_precision:
-                    _compare(run, source, aside)
-            write_json(aside / export.ARGS_FILE, export.args_of(run, source.location))
+    base = door.describe(run.model if asked.mcore_model is None else replace(run.model, model=asked.mcore_model))
+    options = options_of(run, base) if asked.to_mcore else None
+    if run.dry_run:
+        return _planned(run, out)
+    with export.appearing(out, PRODUCT) as aside:
+        if not (run.model.adapters or asked.mcore_adapters):
+            _convert(run, base, aside, options)
+        else:
+            with TemporaryDirectory(prefix=".adapter-", dir=aside) as folder:
+                (_convert_adapter if _kept(run) else _merge)(run, base, aside, options, Path(folder))
+        write_json(aside / export.ARGS_FILE, export.args_of(run, base.location))
     print(f"converted to {out}", flush=True)
     return out
 
@@ -120,7 +115,7 @@ def _tower(run: Run) -> Callable[[Path], str] | None:
         return None
     checkpoint = hf.Checkpoint(path)
     ranks = Ranks(asked.target_tensor_parallel_size or 1, asked.target_pipeline_parallel_size or 1)
-    options = Options(dialect="lm", format=asked.mcore_format, ranks=ranks, dtype=_dtype(run))
+    options = Options(dialect="lm", format=asked.mcore_format, ranks=ranks, dtype=export.asked_dtype(run))
     return lambda out: f"wrote {parts.tower_to_megatron(checkpoint, config, out, options)} tensors of a tower"
 
 
@@ -154,40 +149,59 @@ def _kept(run: Run) -> bool:
     return adapted and not run.export.merge_lora and run.provenance["merge_lora"] != "default"
 
 
-def _convert_adapter(run: Run, source: door.Source, out: Path) -> None:
-    asked = run.convert
-    if asked.to_mcore:
-        directory = Path(run.model.adapters[0])
-        pairs = adapters.to_megatron(directory, source.family, source.config, out, options_of(run, source))
+def _convert(run: Run, source: door.Source, out: Path, options: Options | None) -> None:
+    """Write a model: for Megatron as ``options`` say, or for everybody else (None)."""
+    account = _to_hf(run, source, out) if options is None else _to_mcore(source, out, options)
+    _tell(account)
+    export.limit_processor(out, run, source.geometry)
+    if run.convert.test_convert_precision:
+        types = {entry.dtype for entry in source.checkpoint.entries.values()}
+        asked = export.asked_dtype(run)
+        exact = not account.rounded and (asked is None or types == {asked})
+        _compare(run, source, out, precision.EXACT if exact else precision.ROUNDED)
+
+
+def _merge(run: Run, base: door.Source, out: Path, options: Options | None, folder: Path) -> None:
+    """Write ``base`` with the adapter added in; the empty ``folder`` takes what is needed on the way."""
+    adapter = _as_peft(run, base, folder / "adapter")
+    model = replace(run.model, adapters=(str(adapter),))
+    merging = replace(run, model=model, export=replace(run.export, merge_lora=True))
+    if options is None:
+        export.fill(merging, base, out)
     else:
-        path, base = Path(asked.mcore_adapters[0]), str(source.location)
-        dialect = asked.mcore_dialect or "swift"
-        pairs = adapters.to_peft(path, source.family, source.config, out, dialect=dialect, base_model=base)
+        (folder / "merged").mkdir()
+        export.fill(merging, base, folder / "merged")
+        _tell(_to_mcore(door.read(folder / "merged"), out, options))
+    if run.convert.test_convert_precision:
+        _compare(run, base, out, precision.ROUNDED, adapter)
+
+
+def _convert_adapter(run: Run, base: door.Source, out: Path, options: Options | None, folder: Path) -> None:
+    """Write an adapter as one: for Megatron as ``options`` say, or in peft's format (None)."""
+    if options is not None:
+        adapter = _as_peft(run, base, folder / "adapter")
+        pairs = adapters.to_megatron(adapter, base.family, base.config, out, options)
+    elif run.model.adapters:
+        raise UserError(f"--adapters {run.model.adapters[0]}: is in peft's format already; drop --merge_lora false")
+    else:
+        pairs = _to_peft(run, base, out)
     print(f"wrote an adapter of {pairs} layers", flush=True)
+    if run.convert.test_convert_precision:
+        print("not compared: the precision of a model is tested, which an adapter is not", flush=True)
 
 
-@contextmanager
-def source_of(run: Run) -> Iterator[door.Source]:
-    """What is converted; an adapter is merged into a directory of its own first, which goes away afterwards."""
-    asked = run.convert
-    base = run.model if asked.mcore_model is None else replace(run.model, model=asked.mcore_model)
-    adapted = run.model.adapters or asked.mcore_adapters
-    if not adapted or _kept(run):
-        yield door.describe(replace(base, max_pixels=None, min_pixels=None, max_num=None, use_tiling=None))
-        return
-    with TemporaryDirectory(prefix=".merging-", dir=Path(run.save.output_dir).resolve().parent) as folder:
-        adapter, merged = Path(adapted[0]), Path(folder) / "merged"
-        if asked.mcore_adapters:
-            adapter = Path(folder) / "adapter"
-            adapter.mkdir()
-            held = door.describe(base)
-            dialect = asked.mcore_dialect or "swift"
-            adapters.to_peft(Path(adapted[0]), held.family, held.config, adapter, dialect=dialect)
-        ours = replace(run.export, merge_lora=True), replace(run.save, output_dir=str(merged))
-        plain = replace(asked, to_mcore=False, to_hf=False)
-        models = replace(base, adapters=(str(adapter),))
-        export.write(replace(run, model=models, convert=plain, export=ours[0], save=ours[1], dry_run=False))
-        yield door.read(merged)
+def _as_peft(run: Run, base: door.Source, folder: Path) -> Path:
+    """The adapter in peft's format: where it is, or in the new directory ``folder`` if it is a Megatron one."""
+    if run.model.adapters:
+        return Path(run.model.adapters[0])
+    folder.mkdir()
+    _to_peft(run, base, folder)
+    return folder
+
+
+def _to_peft(run: Run, base: door.Source, out: Path) -> int:
+    path, dialect = Path(run.convert.mcore_adapters[0]), run.convert.mcore_dialect or "swift"
+    return adapters.to_peft(path, base.family, base.config, out, dialect=dialect, base_model=str(base.location))
 
 
 def options_of(run: Run, source: door.Source) -> Options:
@@ -214,7 +228,7 @@ def options_of(run: Run, source: door.Source) -> Options:
         vocab_divisor=asked.make_vocab_size_divisible_by,
         # The toolkit behind this dialect publishes its conversions as releases, the others as iteration 1.
         iteration=None if dialect == "pai" else 1,
-        dtype=_dtype(run),
+        dtype=export.asked_dtype(run),
     )
     table = make_table(source.family, source.config, dialect)
     table = table.for_ranks(ranks.tp, vocabulary(table, options))
@@ -239,45 +253,28 @@ def dialect_of(asked: ConvertArgs, source: door.Source) -> str:
     return "swift" if "swift" in known else known[0]
 
 
-def _dtype(run: Run) -> torch.dtype | None:
-    name = run.model.torch_dtype
-    return dtype_of(name) if name and run.provenance["torch_dtype"] in ("flag", "yaml", "env") else None
-
-
-def _to_mcore(run: Run, source: door.Source, out: Path) -> convert.Account:
-    options, asked = options_of(run, source), run.convert
-    if source.origin is None:
-        assert asked.mcore_model is not None
-        account = convert.reshard(Path(asked.mcore_model), source.family, source.config, out, options)
+def _to_mcore(source: door.Source, out: Path, options: Options) -> convert.Account:
+    family, config = source.family, source.config
+    if isinstance(source.checkpoint, OurNames):
+        account = convert.reshard(source.checkpoint.assembled, family, config, out, options)
         hf.copy_side_files(source.path, out, options.dtype)
-        layout = locate(Path(asked.mcore_model)).root / convert.LAYOUT
+        layout = source.location / convert.LAYOUT
         if layout.is_file():
             shutil.copyfile(layout, out / convert.LAYOUT)
         return account
-    held = convert.from_hf(source.checkpoint, source.family, source.config)
-    account = convert.to_megatron(held, source.family, source.config, out, options)
+    held = convert.from_hf(source.checkpoint, family, config)
+    account = convert.to_megatron(held, family, config, out, options)
     convert.write_side_files(source.checkpoint, out, options.dtype)
     return account
 
 
 def _to_hf(run: Run, source: door.Source, out: Path) -> convert.Account:
-    """Write ``source`` as a Hugging Face directory: a Megatron checkpoint, or what an adapter was merged into."""
-    if source.origin is not None:
-        held = convert.from_hf(source.checkpoint, source.family, source.config)
-        shards = run.save.max_shard_size
-        account = convert.to_hf(held, source.family, source.config, out, layout=source.path, max_shard_size=shards)
-        hf.copy_side_files(source.path, out, _dtype(run))
-        return account
-    path = Path(run.convert.mcore_model or "")
-    held = convert.from_megatron(locate(path).assembled(source.family, source.config))
-    root = locate(path).root
-    layout = root if (root / convert.LAYOUT).is_file() else source.path
+    assert isinstance(source.checkpoint, OurNames), "config.convert lets --to_hf have a Megatron source only"
+    held, dtype = convert.from_megatron(source.checkpoint.assembled), export.asked_dtype(run)
+    layout = source.location if (source.location / convert.LAYOUT).is_file() else source.path
     shards = run.save.max_shard_size
-    account = convert.to_hf(
-        held, source.family, source.config, out, layout=layout, dtype=_dtype(run), max_shard_size=shards
-    )
-    hf.copy_side_files(source.path, out, _dtype(run))
-    export.limit_processor(out, run, source.geometry)
+    account = convert.to_hf(held, source.family, source.config, out, layout=layout, dtype=dtype, max_shard_size=shards)
+    hf.copy_side_files(source.path, out, dtype)
     return account
 
 
@@ -290,13 +287,10 @@ def _tell(account: convert.Account) -> None:
         print(f"left out, as the model has no use for them: {', '.join(account.left_out)}", flush=True)
 
 
-def _compare(run: Run, source: door.Source, made: Path) -> None:
-    """Both sides on one sample; UserError if they differ by more than a change of types explains."""
+def _compare(run: Run, source: door.Source, made: Path, limit: float, adapter: Path | None = None) -> None:
+    """Both sides on one sample, ``adapter`` beside the weights of ``source``; UserError if they differ by more."""
     other = door.read_mcore(made) if run.convert.to_mcore else door.read(made)
-    changed = _dtype(run) not in (None, *{entry.dtype for entry in source.checkpoint.entries.values()})
-    mixed = len({entry.dtype for entry in source.checkpoint.entries.values()}) > 1
-    limit = precision.ROUNDED if changed or (mixed and _dtype(run) is not None) else precision.EXACT
-    precision.check(source, other, dtype=dtype_of(run.convert.test_convert_dtype), limit=limit)
+    precision.check(source, other, dtype=dtype_of(run.convert.test_convert_dtype), limit=limit, adapter=adapter)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,9 +57,7 @@ class Part:
         """Read the headers; UserError unless the directory holds exactly the tensors that its config describes."""
         source = door.read(path)
         shapes = hf.shapes_of(built(source.config))
-        disk = {name: entry.shape for name, entry in source.checkpoint.entries.items()}
-        weightmap = source.weightmap.settled(shapes, disk)
-        hf.account(shapes, source.checkpoint, weightmap)
+        weightmap, _ = hf.account(shapes, source.checkpoint, source.weightmap)
         return cls(source, groups, shapes, weightmap)
 
     @property

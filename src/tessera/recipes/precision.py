@@ -17,6 +17,7 @@ import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from tessera.contract.plan import matches
 from tessera.data.collate import Materialised, collate
 from tessera.data.encode import Encoder
 from tessera.data.render import Renderer
+from tessera.infer.session import attach
 from tessera.models.vlm import VLM, Trunk
 
 EXACT = 1e-5
@@ -57,7 +59,10 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What a model computed on the sample, by part, in order, and three figures of its parameters."""
+    """What a model computed on the sample, by part, in order, and three figures of its parameters.
+
+    Those of an adapter beside them are not counted.
+    """
 
     parts: Mapping[str, Tensor]
     parameters: int
@@ -103,9 +108,19 @@ def sample(source: door.Source) -> Batch:
 
 
 @torch.no_grad()
-def trace(source: door.Source, batch: Batch, dtype: torch.dtype = torch.float32) -> Trace:
-    """Load the model of ``source`` in ``dtype`` on the CPU and run it on ``batch``; the model is gone afterwards."""
-    model = door.load(source, dtype=dtype, device=torch.device("cpu")).eval()
+def trace(source: door.Source, batch: Batch, dtype: torch.dtype = torch.float32, adapter: Path | None = None) -> Trace:
+    """Load the model of ``source`` in ``dtype`` on the CPU and run it on ``batch``; the model is gone afterwards.
+
+    ``adapter`` is put beside its weights, as for inference.
+    """
+    model = door.load(source, dtype=dtype, device=torch.device("cpu"))
+    held = [parameter.detach() for parameter in model.parameters()]
+    count = sum(parameter.numel() for parameter in held)
+    total = sum(float(parameter.sum(dtype=torch.float64)) for parameter in held)
+    zeros = sum(parameter.numel() - int(parameter.count_nonzero()) for parameter in held)
+    if adapter is not None:
+        attach(source, model, str(adapter))
+    model.eval()
     if not isinstance(model, VLM):
         raise UserError(f"--test_convert_precision true: {source.family.name} is not run layer by layer; leave it out")
     parts: dict[str, Tensor] = {}
@@ -124,10 +139,7 @@ def trace(source: door.Source, batch: Batch, dtype: torch.dtype = torch.float32)
         parts |= {f"deepstack features {level}": each.float() for level, each in enumerate(features.deepstack)}
     hidden = model.run(batch)
     parts["logits"] = hidden.float() @ model.head_weight.float().T
-    held = [parameter.detach() for parameter in model.parameters()]
-    total = sum(float(parameter.sum(dtype=torch.float64)) for parameter in held)
-    zeros = sum(parameter.numel() - int(parameter.count_nonzero()) for parameter in held)
-    return Trace(parts, sum(parameter.numel() for parameter in held), total, zeros)
+    return Trace(parts, count, total, zeros)
 
 
 def drifts(first: Trace, second: Trace) -> list[Drift]:
@@ -155,17 +167,23 @@ def report(first: Trace, second: Trace) -> Iterable[str]:
     yield f"  tokens of {len(best[0])} whose most likely successor differs: {int((best[0] != best[1]).sum())}"
 
 
-def check(first: door.Source, second: door.Source, *, dtype: torch.dtype, limit: float) -> None:
-    """Print how far two models are apart; UserError naming the first part that drifts by more than ``limit``."""
+def check(
+    first: door.Source, second: door.Source, *, dtype: torch.dtype, limit: float, adapter: Path | None = None
+) -> None:
+    """Print how far two models are apart; UserError naming the first part that drifts by more than ``limit``.
+
+    With an ``adapter`` beside the first one's weights, the second one should be the two of them merged.
+    """
     batch = sample(first)
-    one, two = trace(first, batch, dtype), trace(second, batch, dtype)
-    print(f"precision  {first.path} against {second.path}, in {str(dtype).removeprefix('torch.')}")
+    one, two = trace(first, batch, dtype, adapter), trace(second, batch, dtype)
+    told = f"{first.location} with {adapter}" if adapter is not None else str(first.location)
+    print(f"precision  {told} against {second.location}, in {str(dtype).removeprefix('torch.')}")
     for line in report(one, two):
         print(line)
     beyond = next((drift for drift in drifts(one, two) if not drift.relative <= limit), None)
     if beyond is not None:
         raise UserError(
-            f"--test_convert_precision: {second.path} first differs from {first.path} in {beyond.part}: relative drift "
+            f"--test_convert_precision: {second.location} first differs from {told} in {beyond.part}: relative drift "
             f"{beyond.relative:.2e}, at most {limit:.0e} was expected"
         )
     print(f"precision  equal within {limit:.0e}", flush=True)

@@ -136,8 +136,7 @@ def load(
     """
     places = _places(module)
     shapes = shapes or shapes_of(module)
-    weightmap = weightmap.settled(shapes, {name: entry.shape for name, entry in checkpoint.entries.items()})
-    left_out = account(shapes, checkpoint, weightmap)
+    weightmap, left_out = account(shapes, checkpoint, weightmap)
     parameters = 0
     for own_name, (tensor, owners) in places.items():
         name = stored(own_name)
@@ -167,8 +166,7 @@ def reader(
     checkpoint: Checkpoint, weightmap: WeightMap, shapes: Mapping[str, tuple[int, ...]]
 ) -> Callable[[str, Part], Tensor]:
     """What reads a region of a tensor by our name, as it is stored; every tensor is accounted for first."""
-    weightmap = weightmap.settled(shapes, {name: entry.shape for name, entry in checkpoint.entries.items()})
-    account(shapes, checkpoint, weightmap)
+    weightmap, _ = account(shapes, checkpoint, weightmap)
     pieces = {name: weightmap.pieces(name, shape) for name, shape in shapes.items()}
     for name, shape in shapes.items():
         for copy in weightmap.copies(name):
@@ -270,8 +268,14 @@ def _places(module: nn.Module) -> dict[str, tuple[Tensor, list[tuple[nn.Module, 
     return places
 
 
-def account(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, weightmap: WeightMap) -> tuple[str, ...]:
-    """UserError unless model and checkpoint hold the same tensors; disk names that the weight map leaves out."""
+def account(
+    shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, weightmap: WeightMap
+) -> tuple[WeightMap, tuple[str, ...]]:
+    """The weight map settled for this checkpoint, and the disk names that it leaves out.
+
+    UserError unless the model, whose tensors have ``shapes``, and the checkpoint hold the same ones.
+    """
+    weightmap = weightmap.settled(shapes, {name: entry.shape for name, entry in checkpoint.entries.items()})
     needed = {
         piece.disk: piece.shape(shape) for name, shape in shapes.items() for piece in weightmap.pieces(name, shape)
     }
@@ -290,7 +294,7 @@ def account(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, weigh
     found = [f"{len(names)} {kind}: {some(names)}" for kind, names in problems.items() if names]
     if found:
         raise UserError(f"{checkpoint.path}: tensors do not fit config.json; {'; '.join(found)}")
-    return left_out
+    return weightmap, left_out
 
 
 def check_copy(checkpoint: Checkpoint, copy: str, original: str, part: Part, rows: int = 8192) -> None:

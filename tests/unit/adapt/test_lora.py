@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import tessera.adapt as adapt
 from tessera.config.errors import UserError
+from tests.merging import merged
 from tests.ranks import run_ranks
 
 VARIANTS = [
@@ -75,22 +76,23 @@ def test_we_read_pefts_adapter(oracle, shake, tmp_path, variant) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_equals_unmerged(oracle, adapt_args, shake, variant, dtype) -> None:
-    model = oracle.make().to(dtype)
-    names = [name for name, _ in model.named_parameters()]
+def test_merged_equals_unmerged(oracle, adapt_args, shake, variant, dtype, tmp_path) -> None:
+    def base() -> torch.nn.Module:
+        return oracle.make().to(dtype)
+
+    model, names = base(), [name for name, _ in base().named_parameters()]
     made = adapt.apply(model, adapt_args(**variant, freeze_vit=False, freeze_aligner=False), oracle.plan, seed=1)
     shake(model)
-    exact = model if dtype == torch.float32 else None
-    before = oracle.logits(model) if exact is not None else None
-    assert adapt.merge(model) == len(made.targets)
-    assert [name for name, _ in model.named_parameters()] == names
-    weight = model.get_submodule(made.targets[0]).weight
-    assert weight.dtype == dtype
-    if before is not None:
-        _close(oracle.logits(model), before)
+    adapt.save_adapter(adapt.adapter_tensors(model, made), made, tmp_path, base_model=None)
+    plain, adapted = merged(base, tmp_path, oracle.plan.groups)
+    assert adapted == len(made.targets)
+    assert [name for name, _ in plain.named_parameters()] == names
+    assert plain.get_submodule(made.targets[0]).weight.dtype == dtype
+    if dtype == torch.float32:
+        _close(oracle.logits(plain), oracle.logits(model))
 
 
-def test_merging_rounds_once(vl, adapt_args, shake) -> None:
+def test_merging_rounds_once(vl, adapt_args, shake, tmp_path) -> None:
     """A bf16 base: the merged weight is the float32 sum, rounded, not a sum of rounded terms."""
     model = vl.make().to(torch.bfloat16)
     made = adapt.apply(model, adapt_args(), vl.plan, seed=1)
@@ -98,8 +100,9 @@ def test_merging_rounds_once(vl, adapt_args, shake) -> None:
     layer = model.get_submodule(made.targets[0])
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     expected = (layer.base_layer.weight.float() + 2.0 * (b @ a)).to(torch.bfloat16)
-    adapt.merge(model)
-    torch.testing.assert_close(model.get_submodule(made.targets[0]).weight, expected, atol=0, rtol=0)
+    adapt.save_adapter(adapt.adapter_tensors(model, made), made, tmp_path, base_model=None)
+    plain, _ = merged(lambda: vl.make().to(torch.bfloat16), tmp_path, vl.plan.groups)
+    torch.testing.assert_close(plain.get_submodule(made.targets[0]).weight, expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
@@ -133,10 +136,9 @@ def test_an_adapter_that_is_only_used_keeps_the_base_dtype(vl, adapt_args, shake
     inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in vl.inputs.items()}
     with torch.no_grad():
         unmerged = ours(**inputs).logits.float()
-        adapt.merge(ours)
-        merged = ours(**inputs).logits.float()
-    assert (unmerged - merged).norm() < 0.02 * unmerged.norm()
-    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+        plain, _ = merged(lambda: vl.make().to(torch.bfloat16), tmp_path, vl.plan.groups)
+        together = plain(**inputs).logits.float()
+    assert (unmerged - together).norm() < 0.02 * unmerged.norm()
 
 
 def test_start_is_a_function_of_seed_and_name(vl, adapt_args) -> None:
@@ -253,8 +255,6 @@ def test_one_adapter_at_a_time(vl, adapt_args) -> None:
     adapt.apply(model, adapt_args(), vl.plan, seed=1)
     with pytest.raises(UserError, match="has an adapter already"):
         adapt.apply(model, adapt_args(target_modules=("qkv",)), vl.plan, seed=1)
-    adapt.merge(model)
-    adapt.apply(model, adapt_args(target_modules=("qkv",)), vl.plan, seed=1)
 
 
 def test_older_names_can_be_mapped(vl, adapt_args, shake, tmp_path) -> None:

@@ -19,7 +19,7 @@ from tessera.config.run import Run
 from tessera.infer.session import attach
 from tessera.models.vlm import VLM
 from tessera.recipes import export
-from tessera.weights import hf
+from tessera.weights import files, hf
 from tessera.weights.saving import Saving
 from tests.disk import save_checkpoint
 from tests.parity import reference as ref
@@ -75,8 +75,9 @@ def exporting(*argv: str | Path, **env: str) -> Run:
         {"use_dora": True},
         {"use_rslora": True, "freeze_vit": False, "freeze_aligner": False},
         {"modules_to_save": ("model.visual.merger",)},
+        {"lora_bias": "all"},
     ],
-    ids=["lora", "dora", "everything", "saved"],
+    ids=["lora", "dora", "everything", "saved", "biases"],
 )
 def test_merged_equals_unmerged(base: Path, tmp_path: Path, flags: dict[str, Any]) -> None:
     adapter = write_adapter(base, tmp_path / "checkpoint-7", **flags)
@@ -168,7 +169,7 @@ def test_existing_directory(base: Path, tmp_path: Path) -> None:
 def test_an_interrupted_export_leaves_nothing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:
-    def half_written(saving: Saving, out_dir: Path, *args: Any) -> None:
+    def half_written(saving: Saving, out_dir: Path, *args: Any, **options: Any) -> None:
         (out_dir / "model.safetensors").write_bytes(b"half")
         raise failure
 
@@ -273,24 +274,29 @@ def test_module_is_untouched_after_merge(base: Path, tmp_path: Path) -> None:
     assert all(type(module) is not nn.ModuleDict or "default" not in module for module in opened(out).modules())
 
 
-def test_a_merge_holds_one_tensor_at_a_time(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever writes asks for a tensor, writes it and asks for the next one; the model never has memory."""
+def test_a_merge_holds_some_rows_at_a_time(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever writes asks for rows of a tensor, writes them and asks for the next; the model never has memory."""
     alive: list[int] = []
     held: list[Any] = []
+    sizes: list[int] = []
     read = hf.reader
 
     def watched(*args: Any) -> Any:
         inner = read(*args)
 
-        def one(name: str) -> torch.Tensor:
-            value = inner(name)
+        def one(name: str, part: Any) -> torch.Tensor:
+            value = inner(name, part)
             held.append(weakref.ref(value))
+            sizes.append(value.numel())
             alive.append(sum(reference() is not None for reference in held))
             return value
 
         return one
 
     monkeypatch.setattr(hf, "reader", watched)
+    monkeypatch.setattr(export, "REGION", 256)
     adapter = write_adapter(base, tmp_path / "adapter")
     export.main(exporting("--adapters", adapter, "--merge_lora", "true", "--output_dir", tmp_path / "out"))
-    assert len(alive) > 20 and max(alive) <= 2
+    longest = max(entry.shape[-1] for entry in hf.Checkpoint(base).entries.values())
+    assert max(sizes) <= max(256, longest)
+    assert len(alive) > 100 and max(alive) <= 2 * files.WORKERS

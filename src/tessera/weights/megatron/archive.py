@@ -178,9 +178,7 @@ class _Pickler(pickle.Pickler):
         return "storage", storage, str(len(self._records) - 1), "cpu", prod(blank.shape)
 
 
-def save(
-    descriptor: int, start: int, value: Any, payload: Callable[[Blank, int], None], root: str = "archive"
-) -> int:
+def save(descriptor: int, start: int, value: Any, payload: Callable[[Blank, int], None], root: str = "archive") -> int:
     """Write ``value`` at ``start`` as ``torch.save`` would, each :class:`Blank` in it as a tensor; bytes written.
 
     ``payload(blank, offset)`` writes the bytes of a blank at that offset of the file. OSError if the disk refuses.

@@ -35,7 +35,7 @@ from tessera.weights.files import DTYPES, Entry, Writer, at_once
 from tessera.weights.hf import INDEX, Checkpoint, account, check_copy, copy_side_files, shapes_of
 from tessera.weights.megatron import legacy_writer, torch_dist_writer
 from tessera.weights.megatron.assembled import Assembled
-from tessera.weights.megatron.checkpoint import LEGACY, TORCH_DIST, locate
+from tessera.weights.megatron.checkpoint import LEGACY, TORCH_DIST
 from tessera.weights.megatron.options import Options, common, stacks, vocabulary
 from tessera.weights.megatron.publish import publishing
 from tessera.weights.megatron.stored import Reader, Stored
@@ -76,9 +76,7 @@ def from_hf(checkpoint: Checkpoint, family: Family, config: HFConfig) -> Source:
     """Our tensors as they lie in a Hugging Face checkpoint; UserError unless they are exactly the model's."""
     with torch.device("meta"):
         shapes = shapes_of(family.build(config))
-    disk = {name: entry.shape for name, entry in checkpoint.entries.items()}
-    weightmap = family.weightmap(config, list(checkpoint.names)).settled(shapes, disk)
-    left_out = account(shapes, checkpoint, weightmap)
+    weightmap, left_out = account(shapes, checkpoint, family.weightmap(config, list(checkpoint.names)))
     tilings = {}
     for name, shape in shapes.items():
         tilings[name] = _from_disk(weightmap, name, shape)
@@ -158,18 +156,11 @@ def write(
             legacy_writer.write(aside, table, dtypes, ranks, values, reader, held, local=options.local)
 
 
-def reshard(
-    path: Path, family: Family, config: HFConfig, root: Path, options: Options, *, dialect: str | None = None
-) -> Account:
-    """Write the Megatron checkpoint at ``path`` for other ranks, in another format or dialect, into ``root``.
+def reshard(assembled: Assembled, family: Family, config: HFConfig, root: Path, options: Options) -> Account:
+    """Write a Megatron checkpoint for other ranks, in another format or dialect, into the existing directory ``root``.
 
-    ``dialect`` is the one of ``path`` (None: found out by its names).
+    Errors as of :func:`to_megatron`.
     """
-    return resharded(locate(path).assembled(family, config, dialect), family, config, root, options)
-
-
-def resharded(assembled: Assembled, family: Family, config: HFConfig, root: Path, options: Options) -> Account:
-    """As :func:`reshard`, of a checkpoint that was read already."""
     source = from_megatron(assembled)
     if assembled.table.dialect == options.dialect:
         # The same tensors: nothing needs to go through ours, and types of single ones are kept.

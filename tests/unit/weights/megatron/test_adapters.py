@@ -11,15 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tessera.adapt.merging import Merged
 from tessera.config.errors import UserError
 from tessera.contract.model import Family
+from tessera.contract.shards import whole
 from tessera.models.families import family_of
 from tessera.weights.hf import shapes_of
 from tessera.weights.megatron import adapters
 from tessera.weights.megatron.checkpoint import LEGACY, locate
 from tessera.weights.megatron.options import Options
 from tessera.weights.megatron.ranks import Ranks
-from tests.megatron import dcp_tensors
+from tests.megatron import Model, dcp_tensors
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STEM = "base_model.model."
@@ -141,24 +143,21 @@ def test_a_part_that_is_not_adapted_gets_no_update(tmp_path: Path) -> None:
 
 def test_tessera_reads_the_adapter_it_gets_back(tmp_path: Path) -> None:
     """peft itself takes the files, and merging gives the same bits."""
-    from tessera.adapt import lora
-    from tessera.models.init import init_weights
-    from tests.models import make_model_dir
-
-    make_model_dir(tmp_path / "hf", "llama")
     peft_adapter(tmp_path / "peft", "llama", shared=False)
     root, family, config = converted(tmp_path, "llama", Options(dialect="swift"))
     (tmp_path / "back").mkdir()
     adapters.to_peft(root, family, config, tmp_path / "back")
-    merged = []
+    source = Model(tmp_path / "hf", "llama")
+    together = []
     for folder in ("peft", "back"):
         with torch.device("meta"):
             module = family.build(config)
-        init_weights(module, config, 0)
-        lora.load_adapter(module, tmp_path / folder, family.plan(config).groups, trainable=False)
-        lora.merge(module)
-        merged.append(module.state_dict())
-    assert all(torch.equal(value, merged[1][name]) for name, value in merged[0].items())
+        held = Merged.of(
+            module, tmp_path / folder, family.plan(config).groups, lambda name, part: source.ours[name][part]
+        )
+        assert held.adapted > 0
+        together.append({name: held.region(name, whole(tuple(value.shape))) for name, value in source.ours.items()})
+    assert all(torch.equal(value, together[1][name]) for name, value in together[0].items())
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,8 @@ def test_from_any_ranks_to_any_others(tmp_path: Path, before: str, after: str) -
     first = model.to_megatron(tmp_path / "first", one)
     second = tmp_path / "second"
     second.mkdir()
-    convert.reshard(first, model.family, model.config, second, two)
+    held = locate(first).assembled(model.family, model.config)
+    convert.reshard(held, model.family, model.config, second, two)
     model.same_weights(model.to_hf(second, tmp_path / "back", "pai"))
     direct = model.to_megatron(tmp_path / "direct", two)
     for file in (file for file in locate(direct).path.rglob("*") if file.is_file()):
@@ -109,7 +110,8 @@ def test_from_one_dialect_to_another(tmp_path: Path) -> None:
     first = model.to_megatron(tmp_path / "first", Options(dialect="pai"))
     second = tmp_path / "second"
     second.mkdir()
-    account = convert.reshard(first, model.family, model.config, second, Options(dialect="bridge", ranks=Ranks(tp=2)))
+    held = locate(first).assembled(model.family, model.config)
+    account = convert.reshard(held, model.family, model.config, second, Options(dialect="bridge", ranks=Ranks(tp=2)))
     assert account.dialect == "bridge" and account.parameters == sum(value.numel() for value in model.ours.values())
     assert locate(second).assembled(model.family, model.config).table.dialect == "bridge"
     model.same_weights(model.to_hf(second, tmp_path / "back"))
