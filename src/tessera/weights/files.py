@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import struct
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -189,7 +190,7 @@ def copy_bytes(source: int, at: int, target: int, to: int, count: int) -> None:
 
 def _moved(source: int, at: int, target: int, to: int, count: int) -> int:
     """How many bytes the kernel copied by itself; 0 where it does not, as between some file systems."""
-    if not hasattr(os, "copy_file_range"):
+    if sys.platform != "linux":
         return 0
     try:
         return os.copy_file_range(source, target, count, at, to)
@@ -211,7 +212,7 @@ def _carried(source: int, at: int, target: int, to: int, count: int) -> int:
 
 def start_writing(descriptor: int, offset: int, count: int) -> None:
     """Let the disk begin with these bytes, which were just written, without waiting for it."""
-    if hasattr(os, "posix_fadvise"):
+    if sys.platform == "linux":
         # What is still to be written is not dropped by this advice: its writing is begun.
         os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
 
@@ -238,7 +239,7 @@ def at_once(tasks: Iterable[Callable[[], None]]) -> None:
 
     Each computes on one core: together they have them all.
     """
-    workers = max(1, min(WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+    workers = max(1, min(WORKERS, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1))
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     pool = ThreadPoolExecutor(workers)

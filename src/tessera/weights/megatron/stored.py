@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +52,8 @@ class Stored:
         return prod(self.shape) * self.dtype.itemsize
 
 
-class _Run(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Run:
     """``count`` bytes at ``begin`` of a file, which belong ``target`` bytes behind the beginning of a tensor."""
 
     file: Path
