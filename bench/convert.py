@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument(
         "--disk", type=Path, default=harness.CACHE, help="where files are written (default bench/.cache)"
     )
+    parser.add_argument("--only", nargs="+", choices=WORKS, default=WORKS, help="which of them (default: all)")
     parser.add_argument("--child", nargs=3, metavar=("WORK", "FROM", "TO"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -50,21 +51,23 @@ def main() -> int:
     args.disk.mkdir(parents=True, exist_ok=True)
     for size in args.sizes:
         with tempfile.TemporaryDirectory(prefix="convert-", dir=args.disk) as folder:
-            lines += measured(Path(folder), size, args.repeats, args.threads)
+            lines += measured(Path(folder), size, args)
     settings = {"sizes": args.sizes, "repeats": args.repeats, "threads": args.threads, "cache": "warm where it fits"}
     return harness.report("convert", lines, settings)
 
 
-def measured(folder: Path, size: float, repeats: int, threads: int) -> list[Line]:
+def measured(folder: Path, size: float, args: argparse.Namespace) -> list[Line]:
     """The conversions of a model of ``size`` gigabytes, each against copies of its input."""
     places = (folder / "hf", folder / "torch_dist", folder / "tp1", folder / "hf")
     inputs = dict(zip(WORKS, places, strict=True))
     make_model(inputs[WORKS[0]], size)
     make_adapter(inputs[WORKS[0]], folder / "adapter")
-    run(WORKS[0], inputs[WORKS[0]], inputs[WORKS[1]], threads)
-    run("TP1", inputs[WORKS[0]], inputs[WORKS[2]], threads)
+    repeats, threads = args.repeats, args.threads
+    for made, work in (("HF -> torch_dist", WORKS[1]), ("TP1", WORKS[2])):
+        if work in args.only:
+            run(made, inputs[WORKS[0]], inputs[work], threads)
     lines = []
-    for work in WORKS:
+    for work in args.only:
         ours, theirs, peaks = [], [], []
         amount = sum(file.stat().st_size for file in inputs[work].rglob("*") if file.is_file()) / GB
         for _ in range(repeats):

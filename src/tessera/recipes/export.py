@@ -43,7 +43,7 @@ from tessera.weights.saving import Saving
 ARGS_FILE = "args.json"
 LIMITS = ("max_pixels", "min_pixels", "max_num", "use_tiling")
 """Flags that say how an image is shown."""
-REGION = 2**19
+REGION = 2**20
 """Elements of a tensor that are merged at a time: few enough to stay in the processor's cache."""
 PRODUCT = (*hf.SIDE_FILES, "*.safetensors", "*.safetensors.index.json", ARGS_FILE)
 """Name patterns of what an export writes."""

@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -90,6 +91,8 @@ class Writer:
     ) -> None:
         self._folder, self._entries, self._metadata, self._stack = folder, entries, metadata, stack
         self._open: dict[str, tuple[int, int]] = {}
+        self._waiting: dict[int, tuple[int, int, int]] = {}
+        self._lock = Lock()
         self._creates = creates
         if creates:
             for file in dict.fromkeys(entry.file for entry in entries.values()):
@@ -129,6 +132,16 @@ class Writer:
         descriptor, data = self._opened(entry.file)
         return descriptor, data + entry.start
 
+    def _begin(self, descriptor: int, first: int, last: int, count: int) -> None:
+        """Let the disk begin, now and then, with what was written between the bytes ``first`` and ``last``."""
+        with self._lock:
+            waiting, low, high = self._waiting.pop(descriptor, (0, first, last))
+            waiting, low, high = waiting + count, min(low, first), max(high, last)
+            if waiting < STEP:
+                self._waiting[descriptor] = (waiting, low, high)
+                return
+        start_writing(descriptor, low, high - low)
+
     def put(self, name: str, value: Tensor, part: Part | None = None) -> None:
         """Write ``value`` as the region ``part`` (default: all) of the tensor called ``name`` on disk, in its type."""
         entry = self._entries[name]
@@ -143,8 +156,8 @@ class Writer:
         for index, start in enumerate(starts):
             run = values[index * length * size : (index + 1) * length * size]
             write_all(descriptor, run, data + entry.start + start * size)
-            if len(run) >= BUFFER:
-                start_writing(descriptor, data + entry.start + start * size, len(run))
+        first, last = data + entry.start + starts[0] * size, data + entry.start + (starts[-1] + length) * size
+        self._begin(descriptor, first, last, len(values))
 
 
 def runs(shape: tuple[int, ...], part: Part) -> tuple[list[int], int]:
