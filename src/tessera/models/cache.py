@@ -37,7 +37,7 @@ _SIZES = tuple(size for power in range(6, 24) for size in (2**power, 3 * 2 ** (p
 
 def size_class(length: int) -> int:
     """Tokens that a row of ``length`` tokens takes: the smallest lane that holds it (at most 1.5 times as long)."""
-    return _SIZES[bisect_left(_SIZES, length)]
+    return _SIZES[bisect_left(_SIZES, length)] if length <= _SIZES[-1] else length
 
 
 @dataclass(slots=True)
@@ -72,7 +72,7 @@ class Row:
 
 
 class Lane:
-    """Rows of at most ``capacity`` tokens; see the module docstring. ``data [layers, 2, slots, kv_heads, capacity, D]``."""
+    """Rows of at most ``capacity`` tokens in ``data [layers, 2, slots, kv_heads, capacity, D]``."""
 
     def __init__(self, capacity: int, aside: bool, empty: Tensor) -> None:
         self.capacity = capacity

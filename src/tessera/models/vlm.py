@@ -118,7 +118,12 @@ class VLM(nn.Module):
         return objective(seams.gather(hidden), head, batch)
 
     def extend(
-        self, tokens: Tensor, positions: Tensor, through: Pass, features: Features | None = None, dest: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        through: Pass,
+        features: Features | None = None,
+        dest: Tensor | None = None,
     ) -> Tensor:
         """``tokens [T]`` at ``positions`` ``[T]`` or ``[3, T]`` into the rows of a cache, to hidden states ``[S, H]``.
 
@@ -195,7 +200,5 @@ class VLM(nn.Module):
             else:
                 features = features.moved(decoder.seams, media.route)
             x, deepstack = x.index_copy(0, dest, features.final), features.deepstack
-        hidden = decoder.blocks(
-            x, positions, layout, deepstack, dest, shard=shard, keys=keys, routing=routing
-        )
+        hidden = decoder.blocks(x, positions, layout, deepstack, dest, shard=shard, keys=keys, routing=routing)
         return permuted(decoder.norm(hidden) if last else hidden, layout.inverse, layout.order)
