@@ -32,6 +32,9 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     @classmethod
     def of(cls, args: InferArgs, defaults: Mapping[str, Any]) -> Sampling:

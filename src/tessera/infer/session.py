@@ -29,10 +29,11 @@ from tessera.config.errors import UserError
 from tessera.config.run import Run
 from tessera.data.collate import Materialised, collate
 from tessera.data.encode import Encoder
-from tessera.data.render import Encoded, Renderer
-from tessera.data.sample import BadRow, Sample
+from tessera.data.render import Renderer
+from tessera.data.sample import BadRow
 from tessera.infer.detokenise import Detokeniser
 from tessera.infer.generate import OPEN_ENDED, Answer, Generator, Limits, max_positions, stop_ids
+from tessera.infer.request import Question
 from tessera.infer.sampling import Sampling
 from tessera.models.families import text_config
 from tessera.models.vlm import VLM
@@ -62,17 +63,6 @@ NOT_OFFERED: Mapping[str, Any] = {
     "sequence_bias": None,
 }
 """Settings of a ``generation_config.json`` that would change answers but are not implemented, with what is neutral."""
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A row ready to be answered: its ``prompt`` without the label, the ``labels`` if it brings any, its tokens."""
-
-    row: Mapping[str, Any]
-    prompt: Sample
-    labels: str | None
-    encoded: Encoded
-    seed: int
 
 
 @dataclass(frozen=True, slots=True)
