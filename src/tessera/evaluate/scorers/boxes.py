@@ -16,9 +16,7 @@ Box = tuple[float, float, float, float]
 _NUMBER = r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?"
 _BETWEEN = r"(?:\s*,\s*|\s+)"
 _LIST = re.compile(rf"\[\s*({_NUMBER}){_BETWEEN}({_NUMBER}){_BETWEEN}({_NUMBER}){_BETWEEN}({_NUMBER})\s*\]")
-_POINTS = re.compile(
-    rf"\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)\s*,?\s*\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)"
-)
+_POINTS = re.compile(rf"\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)\s*,?\s*\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)")
 
 
 def first_box(answer: str) -> Box | None:

@@ -125,6 +125,5 @@ def open_correct(answer: str, golds: Iterable[str]) -> bool:
     known = [part for gold in golds for part in _comparable(gold)]
     texts = [part for part in known if isinstance(part, str)]
     return any(
-        any(text in said for text in texts) if isinstance(said, str) else said in known
-        for said in open_answers(answer)
+        any(text in said for text in texts) if isinstance(said, str) else said in known for said in open_answers(answer)
     )

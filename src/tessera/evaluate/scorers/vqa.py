@@ -89,8 +89,12 @@ def anls_megatron(answer: str, golds: Sequence[str]) -> float:
     return best
 
 
+def _joined(text: str) -> str:
+    return text.strip().replace("\n", " ").replace(" ", "")
+
+
 def reads(answer: str, gold: str, *, formula: bool) -> bool:
     """OCRBench: whether ``gold`` occurs in the answer, without case; in a ``formula`` with case and without spaces."""
     if formula:
-        return "".join(gold.strip().replace("\n", " ").split(" ")) in answer.strip().replace("\n", " ").replace(" ", "")
+        return _joined(gold) in _joined(answer)
     return gold.lower().strip().replace("\n", " ") in answer.lower().strip().replace("\n", " ")
