@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,11 +104,13 @@ class Embedded:
                 ready.append((ask, question))
         # Rows of a batch have one limit, and end at about the same time if they are about as long.
         ready.sort(key=lambda pair: (pair[0].max_new_tokens, -len(pair[1].encoded.tokens)))
-        for start in range(0, len(ready), self._size):
-            part = ready[start : start + self._size]
-            self._limit(max(ask.max_new_tokens for ask, _ in part))
-            replies = self._session.answer([question for _, question in part])
-            yield from (_told(ask.number, reply) for (ask, _), reply in zip(part, replies, strict=True))
+        for tokens, group in groupby(ready, key=lambda pair: pair[0].max_new_tokens):
+            alike = list(group)
+            self._limit(tokens)
+            for start in range(0, len(alike), self._size):
+                part = alike[start : start + self._size]
+                replies = self._session.answer([question for _, question in part])
+                yield from (_told(ask.number, reply) for (ask, _), reply in zip(part, replies, strict=True))
 
     def _limit(self, tokens: int) -> None:
         held = self._session.generator

@@ -1,10 +1,9 @@
 """How far a score may be trusted: intervals and paired tests, from nothing but the scores of the items.
 
 A benchmark is a sample of questions; another sample would have given another score. Drawing the items again and again
-from those at hand, with replacement, shows by how much (the *bootstrap*, Efron 1979). What is drawn is counts, a matrix
-of draws x items, so that one product gives the means of all draws at once::
+from those at hand, with replacement, shows by how much (the *bootstrap*, Efron 1979); many draws make one matrix::
 
-    counts [B, n]  ~  multinomial(n, 1/n)          means [B] = counts @ scores / n          interval = percentiles
+    places [B, n]  ~  uniform(0 .. n-1)        means [B] = scores[places].mean(1)        interval = percentiles
 
 Two models that answered the same questions are compared question by question: the interval is that of the mean
 *difference*, which is much narrower than the two intervals suggest, because easy questions are easy for both. For right
@@ -26,7 +25,7 @@ DRAWS = 2000
 LEVEL = 0.95
 SEED = 20240229
 _CELLS = 4_000_000
-"""Entries of the matrix of counts that are held at a time."""
+"""Entries of the matrix of places that are held at a time."""
 
 MOST_WORK, FEWEST = 40_000, 100
 """Items times draws that a metric which is no mean may cost, and the fewest draws that percentiles are taken of."""
@@ -113,8 +112,8 @@ def _means(values: np.ndarray) -> np.ndarray:
     rows = max(1, _CELLS // n)
     parts = []
     for start in range(0, DRAWS, rows):
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=min(rows, DRAWS - start))
-        parts.append(counts @ values / n)
+        places = rng.integers(0, n, (min(rows, DRAWS - start), n))
+        parts.append(values[places].mean(axis=1))
     return np.concatenate(parts)
 
 

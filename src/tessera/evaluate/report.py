@@ -33,6 +33,8 @@ STYLE = """<style>
   align-items: center; z-index: 1 }
 .bar select, .bar input { font: inherit; font-size: 13.5px; color: var(--ink); background: var(--card);
   border: 1px solid var(--edge); border-radius: 6px; padding: 4px 8px; max-width: 16em }
+.card.worse .badge { background: var(--badbg); color: var(--bad) }
+.card.better .badge { background: var(--goodbg); color: var(--good) }
 .card.part .badge { background: var(--warnbg); color: var(--warn) } .card[hidden] { display: none }
 .card .question { white-space: pre-wrap; max-height: 14em; overflow-y: auto }
 .card .id { float: right; color: var(--soft); font-size: 12px } .pictures img { max-height: 200px }
@@ -95,14 +97,19 @@ def write(
         f'<header><h1>{html.escape(model)}</h1><p class="sub">tessera eval</p>',
         f'<div class="tiles">{figures}</div></header>',
         section("Benchmarks", scores(summaries)),
-        section("Parts", f'<div class="cols">{"".join(parts(found) for found in summaries)}</div>'),
-        section("What was wrong", "".join(troubles(outcome) for outcome in outcomes)),
+        section("Parts", _columns(parts(found) for found in summaries)),
+        section("What was wrong", _columns(troubles(outcome) for outcome in outcomes)),
         section("Items, errors first", gallery(cards, sum(len(outcome.verdicts) for outcome in outcomes))),
         section("The evaluation", box("Settings", table((), facts))),
         SCRIPT,
     ]
     write_whole(path, page(f"{model} · evaluation", [part for part in body if part]))
     return path
+
+
+def _columns(blocks: Iterable[str]) -> str:
+    inner = "".join(blocks)
+    return f'<div class="cols">{inner}</div>' if inner else ""
 
 
 def _caption(found: Summary) -> str:
@@ -173,7 +180,9 @@ def troubles(outcome: Outcome) -> str:
     counts = outcome.troubles
     if not counts:
         return ""
-    blocks = [table((), [(TROUBLES[kind], f"{count:,}") for kind, count in counts.items()])]
+    blocks = [
+        table(("what", "items"), [(TROUBLES[kind], f"{count:,}") for kind, count in counts.items()], numeric=(1,))
+    ]
     rows = [
         (verdict.item.id, ", ".join(TROUBLES[kind] for kind in verdict.troubles), verdict.reason or verdict.scored.note)
         for verdict in outcome.verdicts
@@ -203,7 +212,7 @@ def cards_of(outcome: Outcome, most: int) -> list[Card]:
 def _card(outcome: Outcome, verdict: Verdict) -> Card:
     job, item, value = outcome.job, verdict.item, verdict.scored.score
     kind = "open" if value is None else "right" if value >= 1.0 else "wrong" if value == 0.0 else "part"
-    badge = {"open": "not judged", "right": "right", "wrong": "wrong", "part": f"score {value:.3g}"}[kind]
+    badge = {"open": "not judged", "right": "right", "wrong": "wrong", "part": f"score {value or 0.0:.3g}"}[kind]
     gold, answer = gold_text(item.gold), verdict.answer
     shown_gold, shown_answer = html.escape(gold[:MAX_TEXT]), html.escape((answer or "")[:MAX_TEXT])
     if kind in ("wrong", "part") and answer and isinstance(item.gold, str) and len(gold) > 3:
