@@ -6,7 +6,7 @@ Three rules for letters, because published numbers rest on all three:
   of exactly one choice; anything else is wrong;
 * :func:`letter` (MMMU's own script): ``(B)``, else the last word that is a letter, else in an answer of over five
   words the last choice whose text occurs. Where nothing is found the script draws at random; here nothing is nothing;
-  words the last choice whose text occurs. Where none is found the script draws at random; here none is none;
+* :func:`letter` with ``half_open`` (Megatron): ``B)`` counts too; where nothing is found *the first choice* is taken.
 """
 
 from __future__ import annotations
