@@ -63,6 +63,21 @@ class Tsv:
             raise BadRow(f"has {len(cells)} cells, the header {len(self.columns)}")
         return {name: cell for name, cell in zip(self.columns, cells, strict=True) if cell != ""}
 
+    def cell(self, index: int, column: str) -> str | None:
+        """One cell of a row, without taking the row apart behind it; None if it is empty."""
+        start, end = int(self._starts[index]), int(self._ends[index])
+        if self._data.find(b'"', start, end) >= 0:
+            value: str | None = self[index].get(column)
+            return value
+        for _ in range(self.columns.index(column)):
+            start = self._data.find(b"\t", start, end) + 1
+            if start == 0:
+                return None
+        stop = self._data.find(b"\t", start, end)
+        return (
+            bytes(self._data[start : end if stop < 0 else stop]).decode("utf-8", errors="replace").rstrip("\r") or None
+        )
+
     def _cells(self, start: int, end: int) -> list[str]:
         raw = self._data[start:end].removeprefix(b"\xef\xbb\xbf").rstrip(b"\r")
         if b'"' not in raw:
@@ -213,7 +228,7 @@ class Layout:
         """UserError naming the first column that ``rows`` lack."""
         if not len(rows):
             raise UserError(f"{rows.name}: holds no rows")
-        known = _column_names(rows)
+        known = column_names(rows)
         for meaning in self.needed:
             names = self.columns[meaning]
             if not any(name in known for name in names):
@@ -223,7 +238,8 @@ class Layout:
                 )
 
 
-def _column_names(rows: Rows) -> list[str]:
+def column_names(rows: Rows) -> list[str]:
+    """What the columns are called; in files that have none, what the first readable row has."""
     if isinstance(rows, Tsv):
         return rows.columns
     for index in range(min(len(rows), 100)):
@@ -273,8 +289,8 @@ def listed(value: Any) -> list[Any]:
 class Fields:
     """One row by meaning. A property that cannot be given raises BadRow with the reason."""
 
-    def __init__(self, row: Row, index: int, source: Source) -> None:
-        self.row, self.index, self._source = row, index, source
+    def __init__(self, row: Row, index: int, source: Source, turn: int = 0) -> None:
+        self.row, self.index, self.turn, self._source = row, index, turn, source
 
     def get(self, meaning: str, default: Any = None) -> Any:
         """The first column of ``meaning`` that holds something."""
@@ -284,12 +300,9 @@ class Fields:
                 return value
         return default
 
-    def text(self, meaning: str) -> str:
-        """The same as text; BadRow if there is none."""
-        value = self.get(meaning)
-        if value is None:
-            raise BadRow(f"no {meaning}")
-        return str(value)
+    def with_column(self, name: str, value: Any) -> Fields:
+        """The same row with another value in column ``name``."""
+        return Fields({**self.row, name: value}, self.index, self._source, self.turn)
 
     @property
     def id(self) -> str:
@@ -354,11 +367,8 @@ class Source:
     @cached_property
     def _by_index(self) -> dict[str, int]:
         places: dict[str, int] = {}
-        for at in range(len(self.rows)):
-            try:
-                places.setdefault(str(self.rows[at].get("index")), at)
-            except BadRow:
-                continue
+        for at, name in enumerate(values_of(self.rows, "index")):
+            places.setdefault(str(name), at)
         return places
 
     def held(self, index: str) -> bytes | None:
@@ -374,10 +384,19 @@ class Source:
 
 
 class Items(Sequence[Item]):
-    """The items that ``make`` makes of the rows ``kept`` of a source, each when it is asked for."""
+    """The items that ``make`` makes of the rows ``kept`` of a source, each when it is asked for.
 
-    def __init__(self, source: Source, make: Callable[[Fields], Item], kept: Sequence[int] | None = None) -> None:
-        self._source, self._make = source, make
+    A row that asks several questions is kept as often; ``turns`` then says which of them is meant (``Fields.turn``).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        make: Callable[[Fields], Item],
+        kept: Sequence[int] | None = None,
+        turns: Sequence[int] | None = None,
+    ) -> None:
+        self._source, self._make, self._turns = source, make, turns
         self._kept = range(len(source.rows)) if kept is None else kept
 
     def __len__(self) -> int:
@@ -389,22 +408,23 @@ class Items(Sequence[Item]):
     def __getitem__(self, index: slice) -> Sequence[Item]: ...
     def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
         if isinstance(index, slice):
-            return Items(self._source, self._make, self._kept[index])
+            turns = None if self._turns is None else self._turns[index]
+            return Items(self._source, self._make, self._kept[index], turns)
         at = self._kept[index]
         try:
-            fields = Fields(self._source.rows[at], at, self._source)
+            row = self._source.rows[at]
         except BadRow as error:
             return Item(str(at), {}, None, {}, str(error))
-        return self._make(fields)
+        return self._make(Fields(row, at, self._source, self._turns[index] if self._turns else 0))
 
 
 def in_split(source: Source, wanted: Sequence[str], meaning: str = "split") -> Sequence[int] | None:
     """The rows of the first of the splits ``wanted`` that occurs in the column; None (all) if there is none."""
     names = source.layout.columns.get(meaning, (meaning,))
-    name = next((name for name in names if name in _column_names(source.rows)), None)
+    name = next((name for name in names if name in column_names(source.rows)), None)
     if name is None:
         return None
-    found = _values(source.rows, name)
+    found = values_of(source.rows, name)
     for split in wanted:
         kept = [at for at, value in enumerate(found) if value == split]
         if kept:
@@ -412,7 +432,7 @@ def in_split(source: Source, wanted: Sequence[str], meaning: str = "split") -> S
     return None
 
 
-def _values(rows: Rows, column: str) -> list[Any]:
+def values_of(rows: Rows, column: str) -> list[Any]:
     """One column of all rows, without reading the others where the format allows it."""
     if isinstance(rows, Parquet):
         from pyarrow import parquet
@@ -422,7 +442,7 @@ def _values(rows: Rows, column: str) -> list[Any]:
     values = []
     for at in range(len(rows)):
         try:
-            values.append(rows[at].get(column))
+            values.append(rows.cell(at, column) if isinstance(rows, Tsv) else rows[at].get(column))
         except BadRow:
             values.append(None)
     return values

@@ -73,13 +73,18 @@ def groups(judged: Judged, field: str) -> dict[str, list[tuple[Item, Scored]]]:
 
 
 def accuracy(judged: Judged) -> dict[str, float]:
-    """``accuracy``, and ``accuracy/<name>`` for every split and category if there are several."""
+    """``accuracy``, and ``accuracy/<name>`` for every split, ability and category if there are several."""
     out = {"accuracy": mean(judged)}
-    for name in ("split", "category"):
+    for name in ("split", "l2-category", "category"):
         parts = groups(judged, name)
         if len(parts) > 1:
             out |= {f"accuracy/{part}": mean(found) for part, found in parts.items()}
     return out
+
+
+def as_judged(judged: Judged) -> list[Scored]:
+    """Every item's own score, where it does not depend on the other items."""
+    return [scored for _, scored in judged]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +94,17 @@ class Benchmark:
     ``name`` is ``benchmark@dialect``; ``metric`` the key of ``aggregate``'s result that is *the* number; ``higher`` is
     false where a small one is good. ``items`` reads a file or directory in a published layout, without decoding images.
     ``scale`` is what the number is multiplied by where it is published (100 for per cent).
+
+    ``settle`` gives, when all is judged, what each item contributes in the end: CIDEr-D knows a caption's score only
+    then, and a question that is asked in several rotations is right if all are. Tables of items and tests that compare
+    two runs item by item are made of these.
     """
 
     name: str
     items: Callable[[Path], Sequence[Item]]
     score: Callable[[Item, str], Scored]
     aggregate: Aggregate = accuracy
+    settle: Callable[[Judged], list[Scored]] = as_judged
     metric: str = "accuracy"
     scale: float = 100.0
     max_new_tokens: int = 64

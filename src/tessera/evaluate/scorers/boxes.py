@@ -47,7 +47,7 @@ def to_image(box: Box, frame: str, size: tuple[int, int], seen: tuple[int, int])
 
 
 def guessed(box: Box, size: tuple[int, int]) -> Box:
-    """VLMEvalKit's guess: up to 1.5 are shares, up to 1000 thousandths, else pixels; cut to the image, corners sorted."""
+    """VLMEvalKit's guess: up to 1.5 shares, up to 1000 thousandths, else pixels; cut to the image, corners sorted."""
     most = max(map(abs, box))
     if most <= 1000:
         box = to_image(box, "unit" if most <= 1.5 else "thousand", size, size)

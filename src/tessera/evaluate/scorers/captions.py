@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from tessera.evaluate.scorers.edits import common
 
 _ABBREVIATIONS = """
-    adm al apr assn assoc aug ave blvd brig bros calif capt cf co col comdr corp cpl ct dec dept det dr drs est etc ext feb
-    fla fri ft gen gov govs hon inc jan jr jul jun lieut lt ltd maj mar mass messrs mon mr mrs ms mt nov oct ph pl plc
-    pres prof profs pvt rd rep reps rev sen sens sep sept sgt sq sr st ste sts supt tel thu thurs tue tues univ vs wash wed
+    adm al apr assn assoc aug ave blvd brig bros calif capt cf co col comdr corp cpl ct dec dept det dr drs
+    est etc ext feb fla fri ft gen gov govs hon inc jan jr jul jun lieut lt ltd maj mar mass messrs mon mr mrs
+    ms mt nov oct ph pl plc pres prof profs pvt rd rep reps rev sen sens sep sept sgt sq sr st ste sts supt
+    tel thu thurs tue tues univ vs wash wed
 """
 _SIGNS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _SIGNS |= {"\N{EURO SIGN}": "$", "\N{POUND SIGN}": "#", "\N{CENT SIGN}": "cents", "\N{VULGAR FRACTION ONE HALF}": "1/2"}
@@ -54,9 +55,9 @@ _SPLIT = {
     "y'all": "y' all",
 }
 _CLITIC = re.compile(r"(?<=\w)('(?:s|d|m|re|ve|ll|n))$")
-_DROPPED = frozenset("' '' ` `` . ? ! , : - -- ... ; \" \N{LEFT DOUBLE QUOTATION MARK}".split()) | frozenset(
-    "\N{RIGHT DOUBLE QUOTATION MARK} \N{EN DASH} \N{EM DASH} \N{HORIZONTAL ELLIPSIS}".split()
-)
+_QUOTES = "\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}"
+_DASHES = "\N{EN DASH}\N{EM DASH}\N{HORIZONTAL ELLIPSIS}"
+_DROPPED = frozenset("\"'`.?!,:-;" + _QUOTES + _DASHES)
 
 
 def words(caption: str) -> list[str]:

@@ -4,9 +4,9 @@ Three rules for letters, because published numbers rest on all three:
 
 * :func:`inferred` (VLMEvalKit without a judge model): one single letter among the words, near the end; else the text
   of exactly one choice; anything else is wrong;
-* :func:`letter` (MMMU's own script): ``(B)``, else the last word that is a letter, else in an answer of more than five
-  words the last choice whose text occurs. Where nothing is found the script draws at random; here nothing stays nothing;
-* :func:`letter` with ``half_open`` (Megatron): ``B)`` counts too, and where nothing is found *the first choice* is taken.
+* :func:`letter` (MMMU's own script): ``(B)``, else the last word that is a letter, else in an answer of over five
+  words the last choice whose text occurs. Where nothing is found the script draws at random; here nothing is nothing;
+* :func:`letter` with ``half_open`` (Megatron): ``B)`` counts too; where nothing is found *the first choice* is taken.
 """
 
 from __future__ import annotations

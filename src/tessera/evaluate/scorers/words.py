@@ -16,18 +16,18 @@ import re
 from collections.abc import Mapping
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-NUMBERS: Mapping[str, str] = {
-    word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS: Mapping[str, str] = {word: str(value) for value, word in enumerate(_DIGITS)} | {"none": "0"}
 ARTICLES = frozenset(("a", "an", "the"))
 _CONTRACTED = """
-    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd
-    it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll
-    somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd they'll
-    they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd who'll
-    who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've couldn't've hadn't've
-    he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've there'd've they'd've
-    we'd've who'd've wouldn't've y'all'll you'd've y'all'd've 'ow's'at
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll
+    how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't
+    should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's
+    there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've
+    wouldn't y'all you'd you'll you're you've couldn't've hadn't've he'd've it'd've mightn't've she'd've
+    shouldn't've somebody'd've someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've
+    y'all'll you'd've y'all'd've 'ow's'at
 """
 
 
