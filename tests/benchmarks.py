@@ -36,7 +36,8 @@ def colour_rows(directory: Path, count: int) -> Path:
         colour = list(COLOURS)[index % 3]
         name = f"images/{index}.png"
         picture(directory / name, colour, (64 + 16 * (index % 3), 48))
-        turns = [{"role": "user", "content": f"<image>{QUESTION}"}, {"role": "assistant", "content": colour}]
+        asked = f"<image>{index}: {QUESTION}"
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": colour}]
         rows.append({"id": f"c{index}", "messages": turns, "images": [name], "category": KINDS[index % 2]})
     path = directory / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -338,7 +338,7 @@ REST = (
                "MathVista", "MMMU")),
     F("input_image_path", "infer", "str", None, "task: folder of its images, or of its parquet files",
       verbs=("infer",)),
-    F("gt_path", "infer", "str", None, "task: file of its questions and truths", verbs=("infer",)),
+    F("gt_path", "infer", "str", None, "task: file of its questions and truths", verbs=("infer", "eval")),
     F("output_path", "infer", "str", None, "task: beginning of the name of the file of answers", verbs=("infer",)),
     F("num_partitions", "infer", "int", 0, "task: answer one of N parts; 0 all", low=0, verbs=("infer",)),
     F("partition_id", "infer", "int", 0, "task: this one, from 0", low=0, verbs=("infer",)),

@@ -11,19 +11,17 @@ comes back with the reason; only what concerns all of them (no server, a wrong k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from tessera.data.sample import BadRow
-from tessera.infer.generate import Generator
-from tessera.infer.session import Question, Reply, Session
-
-WINDOW = 4
-"""Batches that are sorted by length together."""
+from tessera.infer.request import Event, Failed, Piece, Refused, Request
+from tessera.infer.session import DECODERS, Prepared, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +59,11 @@ class Answerer(Protocol):
 
 
 class Embedded:
-    """Answers with a model in this process, ``size`` rows at a time."""
+    """Answers with a model in this process: questions join the running batch whenever there is room in it."""
 
-    def __init__(self, session: Session, settings: Mapping[str, Any], size: int) -> None:
+    def __init__(self, session: Session, settings: Mapping[str, Any]) -> None:
         self._session = session
         self._settings = settings
-        self._size = size
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -74,54 +71,72 @@ class Embedded:
         return self._settings
 
     def answers(self, asks: Iterable[Ask]) -> Iterator[Told]:
-        """Answer in windows of a few batches, sorted by length; the next one is prepared in the meantime."""
+        """Answers as they end; a few more questions than run at a time are made ready in threads."""
+        scheduler = self._session.scheduler
+        ahead = 2 * scheduler.sizes.rows
+        coming: deque[tuple[Ask, Future[Prepared | str]]] = deque()
+        running: dict[str, _Running] = {}
         source = iter(asks)
-        with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(self._window, source)
-            while (window := ahead.result()) is not None:
-                ahead = reader.submit(self._window, source)
-                yield from self._answered(window)
+        with ThreadPoolExecutor(DECODERS) as pool:
+            try:
+                while True:
+                    for ask in islice(source, ahead - len(coming)):
+                        coming.append((ask, pool.submit(self._prepared, ask)))
+                    yield from self._enter(coming, running)
+                    if not coming and scheduler.idle:
+                        return
+                    for event in scheduler.step():
+                        yield from self._heard(event, running)
+            finally:
+                for _, future in coming:
+                    future.cancel()
+                for name in running:
+                    scheduler.cancel(name)
+                scheduler.flush()
 
     def close(self) -> None:
         """Nothing to give back."""
 
-    def _window(self, source: Iterator[Ask]) -> list[tuple[Ask, Question | BadRow]] | None:
-        asks = list(islice(source, self._size * WINDOW))
-        return [(ask, self._question(ask)) for ask in asks] or None
-
-    def _question(self, ask: Ask) -> Question | BadRow:
+    def _prepared(self, ask: Ask) -> Prepared | str:
+        """The question with its pixels, or why it cannot be asked."""
+        session = self._session
         try:
-            return self._session.question(ask.row, base=ask.base, seed=ask.seed)
-        except BadRow as error:
-            return error
+            question = session.question(ask.row, base=ask.base, seed=ask.seed)
+            request = Request(
+                question, session.sampling, seed=ask.seed, max_new_tokens=ask.max_new_tokens, stream=False
+            )
+            return session.prepare(request)
+        except (BadRow, Refused) as error:
+            return str(error)
 
-    def _answered(self, window: Sequence[tuple[Ask, Question | BadRow]]) -> Iterator[Told]:
-        ready: list[tuple[Ask, Question]] = []
-        for ask, question in window:
-            if isinstance(question, BadRow):
-                yield Told(ask.number, error=str(question))
-            else:
-                ready.append((ask, question))
-        # Rows of a batch have one limit, and end at about the same time if they are about as long.
-        ready.sort(key=lambda pair: (pair[0].max_new_tokens, -len(pair[1].encoded.tokens)))
-        for tokens, group in groupby(ready, key=lambda pair: pair[0].max_new_tokens):
-            alike = list(group)
-            self._limit(tokens)
-            for start in range(0, len(alike), self._size):
-                part = alike[start : start + self._size]
-                replies = self._session.answer([question for _, question in part])
-                yield from (_told(ask.number, reply) for (ask, _), reply in zip(part, replies, strict=True))
+    def _enter(self, coming: deque[tuple[Ask, Future[Prepared | str]]], running: dict[str, _Running]) -> Iterator[Told]:
+        """Hand what is ready, in order, to the scheduler; wait for the first if it has nothing else to do."""
+        scheduler = self._session.scheduler
+        while coming and scheduler.waiting < scheduler.sizes.rows and (coming[0][1].done() or scheduler.idle):
+            ask, future = coming.popleft()
+            made = future.result()
+            if isinstance(made, str):
+                yield Told(ask.number, error=made)
+                continue
+            running[made.request.id] = _Running(ask.number)
+            scheduler.add(made.request, made.prompt, made.grammar)
 
-    def _limit(self, tokens: int) -> None:
-        held = self._session.generator
-        if held.limits.max_new_tokens != tokens:
-            limits = replace(held.limits, max_new_tokens=tokens)
-            self._session.generator = Generator(held._model, limits, held._device)
+    def _heard(self, event: Event, running: dict[str, _Running]) -> Iterator[Told]:
+        held = running[event.request]
+        if isinstance(event, Piece):
+            held.tokens.extend(event.tokens)
+        elif isinstance(event, Failed):
+            del running[event.request]
+            yield Told(held.number, error=event.error if event.bad_request else f"failed: {event.error}")
+        else:
+            del running[event.request]
+            text = self._session.text(held.tokens)
+            yield Told(held.number, text, event.reason, event.prompt_tokens, len(held.tokens))
 
 
-def _told(number: int, reply: Reply | BadRow) -> Told:
-    if isinstance(reply, BadRow):
-        return Told(number, error=str(reply))
-    answer = reply.answer
-    finish = "stop" if answer.stopped else "length"
-    return Told(number, reply.text, finish, answer.prompt_tokens, len(answer.tokens))
+@dataclass(slots=True)
+class _Running:
+    """The tokens so far of the answer to question ``number``."""
+
+    number: int
+    tokens: list[int] = field(default_factory=list)

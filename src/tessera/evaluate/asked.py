@@ -21,9 +21,11 @@ from typing import Any
 from tessera.config.errors import UserError
 from tessera.config.parse import nearest, usage_error
 from tessera.config.run import EvalArgs, Run
-from tessera.evaluate import own, tasks
+from tessera.evaluate import tasks
 from tessera.evaluate.files import SUFFIXES
+from tessera.evaluate.item import Benchmark
 from tessera.evaluate.runner import Job
+from tessera.evaluate.tasks.own import find_scorer
 
 ARGS = ("local_path", "limit", "max_new_tokens", "name")
 """What ``--eval_dataset_args`` may say about one benchmark; ``name`` is what it is called in the results."""
@@ -62,13 +64,22 @@ def _split(spec: str) -> tuple[str, str | None]:
 
 def _job(run: Run, spec: str, output: Path) -> Job:
     name, path = _split(spec)
-    benchmark = tasks.find(name, "--eval_datasets")
+    benchmark = find(name)
     more = args_of(run.evaluate, name)
     found = _place(run.evaluate, name, path or more.get("local_path"))
     label = str(more.get("name", name))
     limit = more.get("limit", run.evaluate.eval_limit)
     tokens = more.get("max_new_tokens", run.infer.max_new_tokens)
     return Job(label, benchmark, found, output / label, limit, run.train.seed, tokens)
+
+
+def find(name: str) -> Benchmark:
+    """The benchmark called ``name``; VLMEvalKit's names of its splits (``MMMU_DEV_VAL``) are understood."""
+    stem, at, dialect = name.partition("@")
+    parts = stem.split("_")
+    while len(parts) > 1 and parts[-1].upper() in SPLITS:
+        parts.pop()
+    return tasks.find("_".join(parts) + at + dialect, "--eval_datasets")
 
 
 def args_of(args: EvalArgs, name: str) -> dict[str, Any]:
@@ -123,12 +134,15 @@ def _below(args: EvalArgs, name: str) -> Path:
 
 def _own(run: Run, path: Path, output: Path) -> Job:
     assert run.evaluate.scorer is not None, "checked by config.evaluate"
+    benchmark = find_scorer(run.evaluate.scorer, "--scorer")
     if not path.exists():
         raise UserError(f"--dataset {path}: no such file or directory")
-    benchmark = own.benchmark(run.evaluate.scorer, "--scorer")
     limit, tokens = run.evaluate.eval_limit, run.infer.max_new_tokens
     return Job(path.stem, benchmark, path, output / path.stem, limit, run.train.seed, tokens)
 
+
+SPLITS = ("DEV", "VAL", "TEST", "MINI", "TESTMINI", "VALIDATION", "EN", "CN", "V11")
+"""What VLMEvalKit's names end in."""
 
 REPOSITORIES: Mapping[str, str] = {
     "mmmu": "MMMU/MMMU",

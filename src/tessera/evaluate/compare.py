@@ -104,11 +104,19 @@ def compare(first: Path, second: Path) -> list[Difference]:
             )
         common = [item for item in a.rows if item in b.rows]
         if common:
-            scores = ([score_of(held.rows[item]) for item in common] for held in (a, b))
+            scores = (_units(held.rows, common) for held in (a, b))
             differences.append(Difference(name, a, b, common, paired(*scores)))
     if not differences:
         raise UserError(f"--compare {first} {second}: no common items (there {', '.join(one)}; here {', '.join(two)})")
     return differences
+
+
+def _units(rows: Mapping[str, Row], common: Sequence[str]) -> list[float]:
+    """The mean score of the items of each group that stands or falls together, in a fixed order."""
+    found: dict[str, list[float]] = {}
+    for item in common:
+        found.setdefault(str(rows[item].get("together", item)), []).append(score_of(rows[item]))
+    return [sum(scores) / len(scores) for scores in found.values()]
 
 
 def table(differences: Sequence[Difference]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -117,7 +125,7 @@ def table(differences: Sequence[Difference]) -> tuple[tuple[str, ...], list[tupl
     rows = []
     for found in differences:
         test, scale = found.test, found.scale
-        means = [sum(score_of(held.rows[i]) for i in found.common) / test.n for held in (found.first, found.second)]
+        means = [sum(_units(held.rows, found.common)) / test.n for held in (found.first, found.second)]
         rows.append(
             (
                 found.name,

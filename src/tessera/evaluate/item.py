@@ -97,7 +97,7 @@ class Benchmark:
 
     ``settle`` gives, when all is judged, what each item contributes in the end: CIDEr-D knows a caption's score only
     then, and a question that is asked in several rotations is right if all are. Tables of items and tests that compare
-    two runs item by item are made of these.
+    two runs item by item are made of these. Items that stand or fall together have the same ``meta[together]``.
     """
 
     name: str
@@ -109,6 +109,7 @@ class Benchmark:
     scale: float = 100.0
     max_new_tokens: int = 64
     about: str = ""
+    together: str = ""
 
     def judge(self, item: Item, answer: str) -> Scored:
         """:attr:`score`, except that an item with a problem scores 0 whatever the answer."""

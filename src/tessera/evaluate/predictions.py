@@ -21,16 +21,23 @@ from tessera.data.sample import BadRow, normalise
 from tessera.evaluate.results import PREDICTIONS, write_whole
 from tessera.evaluate.runner import Outcome, Verdict, question_text
 
+CAPTIONS = "CIDEr-D"
+"""The metric of benchmarks whose answers are captions."""
+
 TSV, MEGATRON = "predictions.tsv", "predictions-megatron.jsonl"
-_FACTS = ("split", "category", "l2_category", "l2-category", "question_type", "answer_type", "hint")
+_FACTS = ("split", "category", "l2-category", "question_type", "answer_type")
 
 
 def write(outcome: Outcome) -> None:
     """All three files, each whole or not at all."""
     directory = outcome.job.directory
-    write_whole(directory / PREDICTIONS, "".join(_json(row_of(verdict)) for verdict in outcome.verdicts))
+    write_whole(
+        directory / PREDICTIONS,
+        "".join(_json(row_of(*pair)) for pair in zip(outcome.verdicts, outcome.together, strict=True)),
+    )
     write_whole(directory / TSV, tsv(outcome))
-    lines = (_json(megatron_row(verdict)) for verdict in outcome.verdicts)
+    caption = outcome.job.benchmark.metric == CAPTIONS
+    lines = (_json(megatron_row(verdict, caption=caption)) for verdict in outcome.verdicts)
     write_whole(directory / MEGATRON, "".join(lines))
 
 
@@ -38,8 +45,8 @@ def _json(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
-def row_of(verdict: Verdict) -> dict[str, Any]:
-    """One line of ``predictions.jsonl``; ``row`` is the item's place in the benchmark."""
+def row_of(verdict: Verdict, together: str | None = None) -> dict[str, Any]:
+    """One line of ``predictions.jsonl``; ``row`` is the item's place in the benchmark, ``together`` what it stands with."""
     item, line = verdict.item, verdict.line
     return {
         "id": item.id,
@@ -55,6 +62,7 @@ def row_of(verdict: Verdict) -> dict[str, Any]:
         "finish": "" if line is None else line.finish,
         "completion_tokens": 0 if line is None else line.completion_tokens,
         "images": image_names(verdict),
+        "together": together,
         "meta": dict(item.meta),
     }
 
@@ -86,7 +94,7 @@ def _vlmeval_row(verdict: Verdict) -> dict[str, Any]:
     item, gold = verdict.item, verdict.item.gold
     row: dict[str, Any] = {
         "index": item.id,
-        "question": item.meta.get("question") or question_text(item),
+        "question": question_text(item),
         "answer": json.dumps(gold, ensure_ascii=False) if isinstance(gold, list | dict) else gold,
         "prediction": verdict.answer or "",
     }
@@ -105,7 +113,7 @@ def choices_of(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def megatron_row(verdict: Verdict) -> dict[str, Any]:
+def megatron_row(verdict: Verdict, *, caption: bool = False) -> dict[str, Any]:
     """The answer as Megatron-LM's scripts write it; multiple choice questions as for MMMU, captions as for COCO."""
     item, answer = verdict.item, (verdict.answer or "").strip()
     row: dict[str, Any] = {"sample_id": item.id, "prompt": question_text(item)}
@@ -114,7 +122,7 @@ def megatron_row(verdict: Verdict) -> dict[str, Any]:
         kind = item.meta.get("question_type") or "multiple-choice"
         facts = {"index2ans": choices, "all_choices": list(choices), "question_type": kind}
         return {**row, "text": answer, "prediction": answer, "answer": item.gold, **facts}
-    if item.meta.get("captions"):
+    if caption:
         return {**row, "caption": answer, "ground_truth": item.gold}
     gold = item.gold if isinstance(item.gold, list) else [item.gold]
     return {**row, "answer": answer, "gt_answer": gold}

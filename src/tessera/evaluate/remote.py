@@ -187,8 +187,8 @@ class Remote:
             except (OSError, http.client.HTTPException) as broken:
                 failure = _reason(broken)
             except ValueError as odd:
-                return _Failed(Told(ask.number, error=f"server: {odd}"))
-        return _Failed(Told(ask.number, error=f"server: {failure}"))
+                return _Failed(Told(ask.number, error=f"failed: {odd}"))
+        return _Failed(Told(ask.number, error=f"failed: {failure}"))
 
 
 @dataclass(frozen=True, slots=True)

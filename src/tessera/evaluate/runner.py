@@ -31,7 +31,7 @@ TROUBLES: Mapping[str, str] = {
     "row": "questions that cannot be asked",
     "image": "images missing or broken",
     "refused": "refused by the server",
-    "server": "not answered by the server",
+    "failed": "not answered for another reason",
     "unanswered": "without an answer",
     "empty": "empty answers",
     "unread": "answers in which nothing could be read",
@@ -97,6 +97,12 @@ class Outcome:
     def judged(self) -> list[tuple[Item, Scored]]:
         """Items with their scores, as the benchmark's own rules take them."""
         return [(verdict.item, verdict.scored) for verdict in self.verdicts]
+
+    @property
+    def together(self) -> list[str]:
+        """For each item what it stands or falls with: its own name if nothing else."""
+        field = self.job.benchmark.together
+        return [str(v.item.meta.get(field, v.item.id)) if field else f"{v.place} {v.item.id}" for v in self.verdicts]
 
     @property
     def troubles(self) -> dict[str, int]:
@@ -184,7 +190,7 @@ def answer(
     for told in answerer.answers(asks()):
         name, key = under_way.pop(told.number)
         error = (
-            told.error if told.error.startswith(("server: ", "refused: ")) or not told.error else f"image: {told.error}"
+            told.error if told.error.startswith(("failed: ", "refused: ")) or not told.error else f"image: {told.error}"
         )
         store.add(Line(name, key, told.text, told.finish, told.prompt_tokens, told.completion_tokens, error))
         counts.asked += 1
@@ -226,8 +232,15 @@ def judge(job: Job, items: Sequence[Item], lines: Mapping[str, Line]) -> Outcome
     for place in range(number_of(job, items)):
         item = item_at(items, place)
         verdicts.append(verdict_of(job.benchmark, place, item, lines.get(f"{place} {item.id}")))
-    metrics = job.benchmark.aggregate([(verdict.item, verdict.scored) for verdict in verdicts])
-    return Outcome(job, verdicts, metrics, len(items))
+    return outcome_of(job, verdicts, len(items))
+
+
+def outcome_of(job: Job, verdicts: Sequence[Verdict], total: int) -> Outcome:
+    """The benchmark's figures over ``verdicts``, which then hold what each item contributes to them in the end."""
+    judged = [(verdict.item, verdict.scored) for verdict in verdicts]
+    metrics, settled = job.benchmark.aggregate(judged), job.benchmark.settle(judged)
+    final = [replace(verdict, scored=scored) for verdict, scored in zip(verdicts, settled, strict=True)]
+    return Outcome(job, final, metrics, total)
 
 
 def verdict_of(benchmark: Benchmark, place: int, item: Item, line: Line | None) -> Verdict:

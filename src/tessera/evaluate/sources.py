@@ -77,7 +77,7 @@ def answerer_of(run: Run) -> Answerer:
         server = Server(args.eval_url, run.model.model or "", args.api_key, args.eval_timeout)
         return Remote(server, request_body(run), concurrency=args.concurrency, root_image_dir=run.data.root_image_dir)
     session = Session.open(run)
-    return Embedded(session, settings_of(run, session), run.infer.max_batch_size)
+    return Embedded(session, settings_of(run, session))
 
 
 def request_body(run: Run) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from tessera.evaluate.bootstrap import Interval, mean_interval, metric_interval
-from tessera.evaluate.item import groups, mean
+from tessera.evaluate.item import Judged
 from tessera.evaluate.runner import TROUBLES, Outcome
 
-FIELDS = ("split", "category", "l2_category", "subfield", "question_type")
+FIELDS = ("split", "l2-category", "category", "question_type")
 """Facts of an item that a benchmark's figures are broken down by, where there are between 2 and ``MOST_PARTS``."""
 MOST_PARTS = 60
 WIDTH = 110
@@ -38,7 +38,7 @@ class Part:
 @dataclass(frozen=True, slots=True)
 class Summary:
     """One benchmark: ``value`` is its ``metric`` (unscaled), ``metrics`` all of them, ``is_mean`` whether the metric is
-    the mean of the items' scores."""
+    the mean of the items' scores (of groups of items, where these stand or fall together)."""
 
     name: str
     path: str
@@ -69,22 +69,25 @@ class Summary:
 
 def summarise(outcome: Outcome) -> Summary:
     """The figures of ``outcome``."""
-    benchmark, judged = outcome.job.benchmark, outcome.judged
-    scores = np.array([scored.score or 0.0 for _, scored in judged])
+    benchmark, judged, together = outcome.job.benchmark, outcome.judged, outcome.together
     value = outcome.metrics[benchmark.metric]
-    is_mean = abs(value - mean(judged)) < 1e-9
+    units = unit_scores(judged, together)
+    is_mean = abs(value - float(units.mean())) < 1e-9
 
     def metric(places: np.ndarray) -> float:
         return benchmark.aggregate([judged[place] for place in places])[benchmark.metric]
 
-    interval = mean_interval(scores) if is_mean else metric_interval(len(judged), metric)
+    interval = mean_interval(units) if is_mean else metric_interval(len(judged), metric)
     parts = []
     for name in FIELDS:
-        found = groups(judged, name)
+        found: dict[str, list[int]] = {}
+        for place, (item, _) in enumerate(judged):
+            if item.meta.get(name) not in (None, ""):
+                found.setdefault(str(item.meta[name]), []).append(place)
         if 2 <= len(found) <= MOST_PARTS:
-            for part, members in found.items():
-                inside = np.array([scored.score or 0.0 for _, scored in members])
-                parts.append(Part(name, part, len(members), float(inside.mean()), mean_interval(inside)))
+            for part, places in sorted(found.items()):
+                inside = unit_scores([judged[at] for at in places], [together[at] for at in places])
+                parts.append(Part(name, part, len(places), float(inside.mean()), mean_interval(inside)))
     return Summary(
         outcome.job.name,
         str(outcome.job.path),
@@ -100,6 +103,14 @@ def summarise(outcome: Outcome) -> Summary:
         parts,
         outcome.troubles,
     )
+
+
+def unit_scores(judged: Judged, together: Sequence[str]) -> np.ndarray:
+    """``[units] float64``: the mean score of the items of each group that stands or falls together."""
+    found: dict[str, list[float]] = {}
+    for (_, scored), group in zip(judged, together, strict=True):
+        found.setdefault(group, []).append(scored.score or 0.0)
+    return np.array([sum(scores) / len(scores) for scores in found.values()])
 
 
 def screen(model: str, summaries: Sequence[Summary], directory: str) -> str:

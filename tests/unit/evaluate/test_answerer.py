@@ -88,11 +88,11 @@ def test_what_is_wrong_for_all_ends_the_run(tmp_path: Path, status: int, hint: s
 
 def test_a_server_that_only_fails_ends_the_run_and_one_that_sometimes_fails_does_not(tmp_path: Path) -> None:
     with server(lambda body, number: (200, b"<html>")) as (url, _):
-        with pytest.raises(UserError, match=r"16 requests in a row failed \(server: not a chat completion: <html>\)"):
+        with pytest.raises(UserError, match=r"16 requests in a row failed \(failed: not a chat completion: <html>\)"):
             told(Remote(Server(url, "seer"), {}), asks(tmp_path, 40))
     with server(lambda body, number: (200, {"choices": []} if number % 4 == 0 else None)) as (url, _):
         found = told(Remote(Server(url, "seer"), {}, concurrency=1), asks(tmp_path, 40))
-    assert sum(answer.error.startswith("server: not a chat completion") for answer in found) == 10
+    assert sum(answer.error.startswith("failed: not a chat completion") for answer in found) == 10
 
 
 def test_nobody_listening(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_here_answers_as_inference_does(model: Path, tmp_path: Path) -> None:
     session = Session.open(run_of("infer", model=str(model), temperature=0.0, max_new_tokens=8))
     wanted = [session.answer([session.question(ask.row)])[0] for ask in asks(tmp_path, 5)]
-    embedded = Embedded(session, {"m": 1}, 2)
+    embedded = Embedded(session, {"m": 1})
     broken = Ask(5, {"messages": [{"role": "user", "content": "<image>x"}], "images": ["/no.png"]}, None, 0, 8)
     limited = [Ask(ask.number, ask.row, ask.base, ask.seed, 8) for ask in asks(tmp_path, 5)]
     found = {answer.number: answer for answer in embedded.answers(iter([*limited, broken]))}
@@ -182,7 +182,7 @@ def test_a_model_here_answers_as_inference_does(model: Path, tmp_path: Path) -> 
 def test_limits_differ_between_questions(model: Path, tmp_path: Path) -> None:
     session = Session.open(run_of("infer", model=str(model), temperature=0.0))
     mixed = [Ask(ask.number, ask.row, ask.base, 0, 3 + ask.number % 2 * 4) for ask in asks(tmp_path, 4)]
-    found = list(Embedded(session, {}, 8).answers(iter(mixed)))
+    found = list(Embedded(session, {}).answers(iter(mixed)))
     assert {answer.number: answer.completion_tokens for answer in found if answer.finish == "length"} == {
         ask.number: ask.max_new_tokens
         for ask in mixed

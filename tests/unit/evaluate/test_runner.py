@@ -159,7 +159,7 @@ BAD = {
     1: Told(1, error="image file not found: 1.png"),
     2: Told(2, "", "stop"),
     3: Told(3, "red", "length"),
-    4: Told(4, error="server: 500 overloaded"),
+    4: Told(4, error="failed: 500 overloaded"),
     5: Told(5, error="refused: 400 too long"),
 }
 
@@ -182,7 +182,7 @@ def test_what_is_wrong_is_counted_listed_and_scored_as_no_answer(tmp_path: Path)
     job = replace(job, benchmark=troubled(job.benchmark))
     rule = Rule(lambda ask: BAD.get(ask.number, right(ask)))
     outcome = run(job, rule)
-    assert outcome.troubles == {"row": 1, "image": 2, "refused": 1, "server": 1, "empty": 1, "cut": 1, "unjudged": 1}
+    assert outcome.troubles == {"row": 1, "image": 2, "refused": 1, "failed": 1, "empty": 1, "cut": 1, "unjudged": 1}
     kinds = {verdict.item.id: verdict.troubles for verdict in outcome.verdicts if verdict.troubles}
     assert kinds["row 7"] == ("row",)
     assert kinds["c8"] == ("image",)

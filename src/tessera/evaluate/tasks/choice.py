@@ -248,6 +248,7 @@ BENCHMARKS = (
         circular_items,
         about="20 abilities; right if right in every rotation of the choices",
         max_new_tokens=_LONG,
+        together="question",
     ),
     Benchmark("mmstar@vlmevalkit", _lettered(), letter_vlmevalkit, about="needs the image", max_new_tokens=_LONG),
     Benchmark("ai2d@vlmevalkit", _lettered(), letter_vlmevalkit, about="science diagrams", max_new_tokens=_LONG),
