@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks import COLOURS, colour_rows, picture, server
-from tests.e2e.command import rows_of, tessera, works
+from tests.e2e.command import QUICK, rows_of, run_dir, tessera, works
 from tests.models import make_model_dir
 
 ROWS = 12
@@ -237,3 +237,76 @@ def test_evalscope_is_asked_for_by_name_where_it_is_missing(place: Path, monkeyp
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
     done = tessera("eval", "--model", place / "base", "--eval_datasets", "general_vqa=x", "--eval_backend", "evalscope")
     assert "--eval_backend evalscope: not installed; pip install evalscope" in done.error
+
+
+def trained(place: Path, out: Path, *more: str | Path) -> list[dict[str, Any]]:
+    """Three full steps that ask a benchmark at every one of them; the log of the run."""
+    works("sft", "--model", place / "base", "--dataset", place / "rows.jsonl", *QUICK, "--train_type", "full",
+          "--learning_rate", "1e-3", "--max_steps", "3", "--gradient_accumulation_steps", "2", "--save_steps", "3",
+          "--output_dir", out, *more)  # fmt: skip
+    return rows_of(run_dir(out) / "logging.jsonl")
+
+
+def asking(place: Path) -> tuple[str | Path, ...]:
+    generation = json.dumps({"max_new_tokens": 6})
+    return ("--eval_dataset", f"TextVQA={place / 'TextVQA_VAL.tsv'}", "--eval_limit", "4", "--eval_steps", "1",
+            "--eval_generation_config", generation)  # fmt: skip
+
+
+def test_benchmarks_while_training(place: Path, tmp_path: Path) -> None:
+    log = trained(place, tmp_path / "a", *asking(place))
+    found = [row["eval_TextVQA"] for row in log if "eval_TextVQA" in row]
+    assert len(found) == 3
+    home = run_dir(tmp_path / "a")
+    asked = rows_of(home / "eval/step-3/TextVQA/predictions.jsonl")
+    works("eval", "--model", home / "checkpoint-3", "--eval_datasets", f"TextVQA={place / 'TextVQA_VAL.tsv'}", *SHORT,
+          "--eval_limit", "4", "--eval_output_dir", tmp_path / "out")  # fmt: skip
+    [after] = (tmp_path / "out").iterdir()
+    assert rows_of(after / "TextVQA/predictions.jsonl") == asked, "the live model answers as its checkpoint does"
+    assert asked != rows_of(home / "eval/step-1/TextVQA/predictions.jsonl"), "and not as two steps before"
+    plain = trained(place, tmp_path / "b")
+    kept = ("loss", "grad_norm", "token_acc")
+    assert [[row[k] for k in kept] for row in log if "loss" in row] == [
+        [row[k] for k in kept] for row in plain if "loss" in row
+    ], "training does not notice"
+
+
+@pytest.mark.parametrize("way", ["lora", "qlora"])
+def test_benchmarks_while_training_an_adapter(place: Path, tmp_path: Path, way: str) -> None:
+    quantised = ("--quant_method", "bnb") if way == "qlora" else ()
+    works("sft", "--model", place / "base", "--dataset", place / "rows.jsonl", *QUICK, "--max_steps", "2",
+          "--learning_rate", "1e-2", "--output_dir", tmp_path, *asking(place), *quantised)  # fmt: skip
+    home = run_dir(tmp_path)
+    asked = rows_of(home / "eval/step-2/TextVQA/predictions.jsonl")
+    works("eval", "--adapters", home / "checkpoint-2", "--eval_datasets", f"TextVQA={place / 'TextVQA_VAL.tsv'}", *SHORT,
+          "--eval_limit", "4", "--eval_output_dir", tmp_path / "out")  # fmt: skip
+    [after] = (tmp_path / "out").iterdir()
+    assert [row["answer"] for row in rows_of(after / "TextVQA/predictions.jsonl")] == [row["answer"] for row in asked]
+
+
+@pytest.mark.slow
+def test_benchmarks_on_sharded_ranks(place: Path, tmp_path: Path) -> None:
+    words = ["sft", "--model", place / "base", "--dataset", place / "rows.jsonl", *QUICK, "--train_type", "full",
+             "--max_steps", "2", "--gradient_accumulation_steps", "1", "--deepspeed", "zero3", "--nproc_per_node", "2",
+             "--output_dir", tmp_path / "run", *asking(place)]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tessera", *map(str, words)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    home = run_dir(tmp_path / "run")
+    asked = rows_of(home / "eval/step-2/TextVQA/predictions.jsonl")
+    assert [row["row"] for row in asked] == [0, 1, 2, 3]
+    works("eval", "--model", home / "checkpoint-2", "--eval_datasets", f"TextVQA={place / 'TextVQA_VAL.tsv'}", *SHORT,
+          "--eval_limit", "4", "--eval_output_dir", tmp_path / "out")  # fmt: skip
+    [after] = (tmp_path / "out").iterdir()
+    assert [row["answer"] for row in rows_of(after / "TextVQA/predictions.jsonl")] == [row["answer"] for row in asked]
+
+
+def test_benchmarks_that_cannot_be_asked_are_refused_before_training(place: Path, tmp_path: Path) -> None:
+    flags = ("--dataset", place / "rows.jsonl", "--output_dir", tmp_path / "out", "--dry_run", "true")
+    done = tessera("sft", "--model", place / "base", *flags, *asking(place), "--tensor_model_parallel_size", "2",
+                   "--nproc_per_node", "2")  # fmt: skip
+    assert "is divided by --tensor_model_parallel_size 2 cannot generate while it trains" in done.error
+    done = tessera("sft", "--model", place / "base", *flags, "--eval_dataset", "TextVQA=nowhere.tsv")
+    assert "TextVQA=nowhere.tsv: no such file or directory" in done.error
+    assert not (tmp_path / "out").exists()

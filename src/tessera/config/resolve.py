@@ -464,6 +464,8 @@ def _hints(draft: _Draft) -> None:
             label = BY_NAME[name].env if draft.provenance[name] == "env" else draft.label(name)
             draft.notes.append(f"{label} has no effect: {BY_NAME[name].inert}")
     asked = [name for name in ("eval_steps", "eval_strategy") if draft.given(name)]
+    if values["eval_dataset"] and draft.verb in TRAIN:
+        asked = []
     if asked and values["eval_strategy"] != "no" and not values["val_dataset"] and not values["split_dataset_ratio"]:
         draft.notes.append(
             f"--{asked[0]} {values[asked[0]]}: nothing to evaluate on; add --split_dataset_ratio 0.01 or --val_dataset"

@@ -19,6 +19,7 @@ from tessera.evaluate.item import Item
 from tessera.evaluate.publish import publish
 from tessera.evaluate.results import Line
 from tessera.evaluate.runner import Job, Outcome, outcome_of, verdict_of
+from tessera.evaluate.summary import screen
 from tessera.evaluate.tasks.answers import JUDGES, read_answers
 
 _NAME = re.compile(r"(?P<stem>.*)-(?P<task>[A-Za-z0-9]+)-dprank=\d+-partition=\d+\.jsonl")
@@ -42,7 +43,8 @@ def main(run: Run) -> Path | None:
     if run.dry_run:
         return None
     directory.mkdir(parents=True, exist_ok=True)
-    publish(directory, name, outcomes, {"input_path": str(path)})
+    found = publish(directory, name, outcomes, {"input_path": str(path)})
+    print(screen(name, found, str(directory)), flush=True)
     return directory
 
 

@@ -46,7 +46,7 @@ def _json(row: Mapping[str, Any]) -> str:
 
 
 def row_of(verdict: Verdict, together: str | None = None) -> dict[str, Any]:
-    """One line of ``predictions.jsonl``; ``row`` is the item's place in the benchmark, ``together`` what it stands with."""
+    """One line of ``predictions.jsonl``; ``row`` is the item's place, ``together`` what it stands or falls with."""
     item, line = verdict.item, verdict.line
     return {
         "id": item.id,

@@ -1,4 +1,4 @@
-"""From verdicts to files: predictions, figures, the page, and the one screen on the console."""
+"""From verdicts to files: predictions, figures, and the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tessera.evaluate.summary import Summary
 
 
 def publish(directory: Path, name: str, outcomes: Sequence[Outcome], settings: Mapping[str, Any]) -> list[Summary]:
-    """Write everything about these benchmarks below ``directory`` and print the one screen."""
+    """Write everything about these benchmarks below ``directory``."""
     summaries = []
     for outcome in outcomes:
         outcome.job.directory.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,6 @@ def publish(directory: Path, name: str, outcomes: Sequence[Outcome], settings: M
     facts = [(key, json.dumps(value, ensure_ascii=False)) for key, value in settings.items()]
     facts += [(outcome.job.name, str(outcome.job.path)) for outcome in outcomes]
     report.write(directory / report.REPORT, name, outcomes, summaries, facts)
-    print(summary.screen(name, summaries, str(directory)), flush=True)
     return summaries
 
 

@@ -102,16 +102,16 @@ def write_whole(path: Path, text: str) -> None:
 class Answers:
     """The answers to one benchmark's items, of all ranks that ever worked on it; this one appends to its own file.
 
-    ``directory`` is the benchmark's; safe in any thread. A context manager.
+    It lies in the ``directory`` of the benchmark. Safe in any thread; a context manager.
     """
 
     def __init__(self, directory: Path, rank: int = 0) -> None:
-        self._directory = directory / ANSWERS
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory / ANSWERS
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._synced = time.monotonic()
-        self.lines: dict[str, Line] = {line.id: line for line in read_answers(self._directory)}
-        self._file: BinaryIO = _whole_lines(self._directory / f"rank{rank}.jsonl")
+        self.lines: dict[str, Line] = {line.id: line for line in read_answers(self.directory)}
+        self._file: BinaryIO = _whole_lines(self.directory / f"rank{rank}.jsonl")
 
     def __enter__(self) -> Answers:
         return self
@@ -134,7 +134,7 @@ class Answers:
 
     def reread(self) -> dict[str, Line]:
         """The answers of all ranks by item, as they are in the files now."""
-        self.lines = {line.id: line for line in read_answers(self._directory)}
+        self.lines = {line.id: line for line in read_answers(self.directory)}
         return self.lines
 
 

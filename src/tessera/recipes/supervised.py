@@ -52,7 +52,7 @@ from tessera.parallel.apply import Sharder
 from tessera.parallel.aside import Aside
 from tessera.parallel.mesh import Mesh, world_size
 from tessera.parallel.watchdog import group_timeout, watching
-from tessera.recipes import fit, placement, screen
+from tessera.recipes import fit, live, placement, screen
 from tessera.recipes.export import ARGS_FILE, limit_processor
 from tessera.recipes.mcore import mirror_of
 from tessera.train.optim import Optimizers
@@ -336,6 +336,7 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     source = door.describe(run.model)
     placement.check_memory(run, source)
     fit.check(run, source, mesh.layout)
+    live.check(run, source, mesh.layout)
     mirror_of(run, source, Path(run.save.output_dir), mesh)  # what cannot be written is refused before it is trained
     dtype = door.compute_dtype(source, run.model.torch_dtype, mesh.device)
     if mesh.is_main and door.slow_on(mesh.device, dtype):
@@ -367,6 +368,7 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
         progress = resume(place.resume, engine, optimizers, loader, store)
     if mesh.is_main:
         write_json(place.run_dir / ARGS_FILE, run.to_json())
+    asked = live.Benchmarks.of(run, source, model, mesh, dtype, place.run_dir)
     log = log_of(run, place.run_dir, loader.total_steps, progress.step, mesh)
     facts = screen.facts(run, source, model, groups, loader, val, place.run_dir, mesh, dtype.itemsize)
     if mesh.is_main:
@@ -379,9 +381,12 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
         evals=None if val is None else partial(val_loader, run, val, mesh),
         publisher=Publisher(store, log.write, aside is not None),
         log=log,
-        cadence=cadence(run, loader.total_steps, loader.steps_in_epoch(0), has_val=val is not None),
+        cadence=cadence(
+            run, loader.total_steps, loader.steps_in_epoch(0), has_val=val is not None or asked is not None
+        ),
         stage_checkpoint=checkpoint_stager(run, source, model, adaptation, optimizers, mesh, aside),
         progress=progress,
+        benchmarks=asked,
     )
 
 
