@@ -102,7 +102,9 @@ def seen(data: bytes) -> str:
 
 
 @contextmanager
-def server(reply: Callable[[dict[str, Any], int], tuple[int, Any]] | None = None) -> Iterator[tuple[str, list[Any]]]:
+def server(
+    reply: Callable[[dict[str, Any], int], tuple[int, Any]] | None = None, *, port: int = 0
+) -> Iterator[tuple[str, list[Any]]]:
     """A server that looks at the pictures it gets and says their colour: (address, the requests it was sent).
 
     ``reply(body, number)`` may answer request ``number`` with another status and object instead.
@@ -133,7 +135,7 @@ def server(reply: Callable[[dict[str, Any], int], tuple[int, Any]] | None = None
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
@@ -150,4 +152,6 @@ def completion(body: Mapping[str, Any]) -> dict[str, Any]:
     urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
     text = seen(base64.b64decode(urls[0].partition(",")[2])) if urls else "nothing"
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    return {"object": "chat.completion", "choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 2}}
+    usage = {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11}
+    head = {"id": "c", "object": "chat.completion", "created": 1, "model": body["model"]}
+    return {**head, "choices": [choice], "usage": usage}

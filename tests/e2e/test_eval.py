@@ -278,8 +278,9 @@ def test_benchmarks_while_training_an_adapter(place: Path, tmp_path: Path, way: 
           "--learning_rate", "1e-2", "--output_dir", tmp_path, *asking(place), *quantised)  # fmt: skip
     home = run_dir(tmp_path)
     asked = rows_of(home / "eval/step-2/TextVQA/predictions.jsonl")
-    works("eval", "--adapters", home / "checkpoint-2", "--eval_datasets", f"TextVQA={place / 'TextVQA_VAL.tsv'}", *SHORT,
-          "--eval_limit", "4", "--eval_output_dir", tmp_path / "out")  # fmt: skip
+    benchmark = f"TextVQA={place / 'TextVQA_VAL.tsv'}"
+    works("eval", "--adapters", home / "checkpoint-2", *SHORT, "--eval_datasets", benchmark, "--eval_limit", "4",
+          "--eval_output_dir", tmp_path / "out")  # fmt: skip
     [after] = (tmp_path / "out").iterdir()
     assert [row["answer"] for row in rows_of(after / "TextVQA/predictions.jsonl")] == [row["answer"] for row in asked]
 
@@ -310,3 +311,33 @@ def test_benchmarks_that_cannot_be_asked_are_refused_before_training(place: Path
     done = tessera("sft", "--model", place / "base", *flags, "--eval_dataset", "TextVQA=nowhere.tsv")
     assert "TextVQA=nowhere.tsv: no such file or directory" in done.error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_evalscope_evaluates_against_a_server(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("evalscope", reason="another project's program; pip install evalscope")
+    rows = []
+    for index in range(4):
+        colour = list(COLOURS)[index % 3]
+        url = {"url": str(picture(tmp_path / "img" / f"{index}.png", colour))}
+        parts = [{"type": "text", "text": "Which colour?"}, {"type": "image_url", "image_url": url}]
+        rows.append({"messages": [{"role": "user", "content": parts}], "answer": colour})
+    (tmp_path / "vqa").mkdir()
+    (tmp_path / "vqa" / "colour.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = json.dumps({"general_vqa": {"metric_list": ["Rouge"], "subset_list": ["colour"]}})
+    with server() as (url, requests):
+        words = ["eval", "--eval_url", url, "--api_key", "secret", "--eval_backend", "evalscope", "--eval_datasets",
+                 f"general_vqa={tmp_path / 'vqa'}", "--eval_dataset_args", args, "--eval_limit", "3",
+                 "--eval_output_dir", tmp_path / "out"]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "tessera", *map(str, words)],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "NO_PROXY": "*"},
+        )
+    assert done.returncode == 0, done.stderr
+    assert "secret" not in done.stdout
+    assert [request["key"] for request in requests] == ["Bearer secret"] * 3
+    scores = read(tmp_path / "out/evalscope/summary.json")["benchmarks"]["general_vqa"]
+    assert scores["rouge f1 l"] == 1.0

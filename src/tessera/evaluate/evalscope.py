@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import shlex
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,11 +22,7 @@ from tessera.config.errors import UserError
 from tessera.config.run import Run
 from tessera.evaluate.remote import Server, served_model
 from tessera.evaluate.results import SUMMARY, write_whole
-
-START_S = 600.0
-"""Most seconds until the server must answer."""
-
-NAME = "tessera-eval"
+from tessera.evaluate.server import NAME, deployed
 
 
 def main(run: Run) -> Path | None:
@@ -41,18 +33,25 @@ def main(run: Run) -> Path | None:
         raise UserError("--dataset is scored by --eval_backend native; evalscope takes --eval_datasets general_vqa=DIR")
     output = Path(run.evaluate.eval_output_dir).expanduser() / "evalscope"
     if run.dry_run:
-        print(shlex.join(command(run, Server(run.evaluate.eval_url or "http://127.0.0.1:0"), output)))
+        print(shown(command(run, Server(run.evaluate.eval_url or "http://127.0.0.1:0"), output)))
         return None
     with server_of(run) as server:
         words = command(run, server, output)
-        print(f"run sh: `{shlex.join(words[2:])}`", flush=True)
-        code = subprocess.run([sys.executable, "-c", _MAIN, *words[1:]]).returncode
+        print(f"run sh: `{shown(words)}`", flush=True)
+        # Through stdin: what is on a command line can be read by everybody on the machine.
+        code = subprocess.run([sys.executable, "-c", _MAIN], input=json.dumps(words), text=True).returncode
     if code:
         raise UserError(f"evalscope ended with exit code {code}; its messages are above")
-    return gathered(output)
+    return gathered(output, {spec.partition("=")[0] for spec in run.evaluate.eval_dataset})
 
 
-_MAIN = "import sys; from evalscope.cli.cli import run_cmd; sys.argv[0] = 'evalscope'; sys.exit(run_cmd())"
+_MAIN = "import json, sys; sys.argv = json.load(sys.stdin); from evalscope.cli.cli import run_cmd; sys.exit(run_cmd())"
+
+
+def shown(words: list[str]) -> str:
+    """The command line without the key."""
+    after = words.index("--api-key") + 1
+    return shlex.join([*words[:after], "***", *words[after + 1 :]])
 
 
 def command(run: Run, server: Server, output: Path) -> list[str]:
@@ -80,64 +79,32 @@ def command(run: Run, server: Server, output: Path) -> list[str]:
 def server_of(run: Run) -> Iterator[Server]:
     """The server of ``--eval_url``, or one of our own that ends with the block."""
     args = run.evaluate
-    if args.eval_url is not None:
+    if args.eval_url is None:
+        with deployed(run) as server:
+            yield server
+    else:
         found = Server(args.eval_url, run.model.model or "", args.api_key)
         yield Server(args.eval_url, found.model or served_model(found), args.api_key)
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "tessera", "deploy", "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--served_model_name", NAME]
-    words += ["--model", str(run.model.model)] if run.model.model and not run.model.adapters else []
-    words += ["--adapters", *run.model.adapters] if run.model.adapters else []
-    for name in ("max_pixels", "torch_dtype", "max_length", "system"):
-        value = run.values()[name]
-        if value is not None and run.provenance[name] in ("flag", "yaml", "env"):
-            words += [f"--{name}", str(value)]
-    process = subprocess.Popen(words)
-    server = Server(f"http://127.0.0.1:{port}", NAME)
-    try:
-        _await(process, server)
-        yield server
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
-def _await(process: subprocess.Popen[bytes], server: Server) -> None:
-    """Wait until ``server`` answers; UserError if its process ends or takes too long."""
-    end = time.monotonic() + START_S
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            raise UserError(f"--eval_backend evalscope: tessera deploy ended with exit code {process.returncode}")
-        try:
-            with server.opener().open(server.request("models"), timeout=5):
-                return
-        except urllib.error.HTTPError as error:
-            raise UserError(f"--eval_backend evalscope: tessera deploy answers {error.code}") from None
-        except OSError:
-            time.sleep(0.3)
-    raise UserError(f"--eval_backend evalscope: tessera deploy did not answer within {START_S:g} seconds")
-
-
-def gathered(output: Path) -> Path:
-    """Write EvalScope's reports into one ``summary.json`` below ``output`` and print them; ``output``."""
+def gathered(output: Path, names: Collection[str]) -> Path:
+    """Write EvalScope's reports on the data sets ``names`` into one ``summary.json`` and print them; ``output``."""
     found: dict[str, Any] = {}
     for path in sorted(output.glob("reports/**/*.json")):
+        if path.stem not in names:  # an earlier evaluation's
+            continue
         told = json.loads(path.read_text(encoding="utf-8"))
         for metric in told.get("metrics", []):
             identity = metric.get("identity") or {}
-            name = str(identity.get("name") or metric.get("name") or "score")
-            found.setdefault(path.stem, {})[name] = metric.get("score")
+            # ROUGE alone has nine: what tells them apart are the dimensions.
+            which = [str(identity.get("name") or metric.get("name") or "score")]
+            which += [str(value) for value in (identity.get("dimensions") or {}).values()]
+            found.setdefault(path.stem, {})[" ".join(which)] = metric.get("score")
     if not found:
         raise UserError(f"evalscope wrote no report below {output}; its messages are above")
     write_whole(output / SUMMARY, json.dumps({"backend": "evalscope", "benchmarks": found}, indent=1) + "\n")
     for name, metrics in found.items():
         for metric, score in metrics.items():
-            print(f"{re.sub(r'_', ' ', name)}  {metric}  {score}", flush=True)
+            print(f"{name}  {metric}  {score}", flush=True)
     print(output / SUMMARY, flush=True)
     return output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from tessera.config.errors import UserError
 from tessera.config.resolve import resolve, run_of
 from tessera.data.sample import BadRow
-from tessera.evaluate.answerer import Ask, Embedded, Told
+from tessera.evaluate import server as local
+from tessera.evaluate.answerer import Answerer, Ask, Embedded, Told
 from tessera.evaluate.identity import fingerprint_of
 from tessera.evaluate.remote import Remote, Server, chat_messages, check_url, data_uri
 from tessera.evaluate.sources import settings_of, with_generation
@@ -29,7 +31,7 @@ def asks(tmp_path: Path, count: int) -> Iterator[Ask]:
         yield Ask(number, row, tmp_path, number, 16)
 
 
-def told(remote: Remote, questions: Iterator[Ask]) -> list[Told]:
+def told(remote: Answerer, questions: Iterator[Ask]) -> list[Told]:
     return sorted(remote.answers(questions), key=lambda found: found.number)
 
 
@@ -231,3 +233,29 @@ def test_a_fingerprint_of_large_files_sees_every_tensor(tmp_path: Path, monkeypa
         save_file({**tensors, name: tensors[name] + 1}, tmp_path / "a.safetensors")
         seen.add(fingerprint_of(tmp_path))
     assert len(seen) == 6
+
+
+SERVER = """
+import sys, time
+from tests.benchmarks import server
+with server(port=int(sys.argv[1])):
+    time.sleep(60)
+"""
+
+
+def test_a_server_of_our_own_lives_as_long_as_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = resolve(["eval", "--model", "org/m", "--max_pixels", "4096", "--eval_datasets", "a=b"], {})
+    words = local.command(run, 1234, "vllm")
+    assert words[3:] == ["deploy", "--host", "127.0.0.1", "--port", "1234", "--model", "org/m", "--served_model_name",
+                         local.NAME, "--infer_backend", "vllm", "--max_pixels", "4096"]  # fmt: skip
+    monkeypatch.setattr(local, "command", lambda run, port, backend: [sys.executable, "-c", SERVER, str(port)])
+    answerer = local.Deployed(run, "vllm", {"model": "abc"}, {})
+    assert answerer.settings == {"model": "abc", "backend": "vllm"}
+    assert [answer.text for answer in told(answerer, asks(tmp_path, 2))] == ["red", "green"]
+    url = answerer._remote._server.url
+    answerer.close()
+    with pytest.raises(UserError, match="cannot be reached"):
+        Remote(Server(url), {})
+    monkeypatch.setattr(local, "command", lambda run, port, backend: [sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(UserError, match="tessera deploy ended with exit code 3 before it answered"):
+        local.Deployed(run, "vllm", {}, {})
