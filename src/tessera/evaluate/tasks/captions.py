@@ -53,7 +53,7 @@ def _reader(dialect: str) -> Callable[[Path], Items]:
 
 def kept(item: Item, answer: str) -> Scored:
     """The caption; what it is worth is known when all captions are."""
-    return Scored(None, answer.strip())
+    return Scored(None, answer)
 
 
 def _bare(text: str) -> list[str]:
