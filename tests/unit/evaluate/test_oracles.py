@@ -19,9 +19,9 @@ EXACT = 1e-9
 FOLDER = Path(__file__).parent / "oracles"
 
 
-def cases(name: str) -> list[dict[str, Any]]:
+def cases(name: str, least: int = 14) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))["cases"]
-    assert len(found) >= 14
+    assert len(found) >= least
     return found
 
 

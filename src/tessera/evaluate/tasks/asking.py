@@ -21,7 +21,9 @@ _TAG = re.compile(r"<(?:image|video|audio)>")
 
 def question_of(fields: Fields, meaning: str = "question") -> str:
     """The row's question without media tags; empty if it has none."""
-    return _TAG.sub("", str(fields.get(meaning, ""))).replace("<img>", "<img >").strip()
+    text = str(fields.get(meaning, ""))
+    without = _TAG.sub("", text).replace("<img>", "<img >")
+    return text if without == text else without.strip()
 
 
 def asked(
