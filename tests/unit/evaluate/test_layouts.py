@@ -72,11 +72,13 @@ PARQUET: dict[str, tuple[Mapping[str, Any], str, Any]] = {
     "flickr30k": ({"caption": ["a dog", "the dog"], "img_id": "1", "split": "test"}, "<image>Provide a one-",
                   ["a dog", "the dog"]),
     "latexocr": ({"text": "x ^ { 2 }"}, "<image>Using LaTeX to perform OCR on the image.", "x ^ { 2 }"),
-    "mathvista": ({"pid": "1", "question": "How many?", "query": "Hint: an integer\nQuestion: How many?", "choices": None,
-                   "precision": None, "answer": "3", "question_type": "free_form", "answer_type": "integer",
-                   "metadata": {"task": "geometry"}}, "<image>Hint: an integer\nQuestion: How many?", "3"),
-    "refcoco": ({"question_id": "9", "question": "Describe", "answer": ["left dog", "dog"], "bbox": [10.0, 4.0, 20.0, 9.0]},
-                "<image>Please provide the bounding box coordinate of the region this sentence describes: <ref>left dog",
+    "mathvista": ({"pid": "1", "question": "How many?", "query": "Hint: an integer\nQuestion: How many?",
+                   "choices": None, "precision": None, "answer": "3", "question_type": "free_form",
+                   "answer_type": "integer", "metadata": {"task": "geometry"}},
+                  "<image>Hint: an integer\nQuestion: How many?", "3"),
+    "refcoco": ({"question_id": "9", "question": "Describe", "answer": ["left dog", "dog"],
+                 "bbox": [10.0, 4.0, 20.0, 9.0]},
+                "<image>Please provide the bounding box coordinate of the region this sentence describes: <ref>left d",
                 (10.0, 4.0, 30.0, 13.0)),
 }  # fmt: skip
 
@@ -171,8 +173,8 @@ def test_captions_in_cocos_and_karpathys_json(tmp_path: Path) -> None:
     items = find("coco").items(tmp_path / "captions_val2014.json")
     assert [item.gold for item in items] == [["a dog", "a cat"], []] and items[1].problem == "no answer is known"
     sentences = [{"raw": "a dog"}]
-    karpathy = [{"cocoid": 42, "filepath": "val2014", "filename": "42.jpg", "split": "test", "sentences": sentences},
-                {"cocoid": 43, "filepath": "val2014", "filename": "43.jpg", "split": "train", "sentences": sentences}]  # fmt: skip
+    image = {"filepath": "val2014", "filename": "42.jpg", "sentences": sentences}
+    karpathy = [{**image, "cocoid": 42, "split": "test"}, {**image, "cocoid": 43, "split": "train"}]
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": karpathy}))
     items = find("coco").items(tmp_path / "dataset_coco.json")
     assert len(items) == 1 and items[0].id == "42" and asked(items[0])
@@ -191,8 +193,8 @@ def test_pope_in_lines_called_json(tmp_path: Path) -> None:
 
 def test_only_validation_questions_of_mmmu_are_asked(tmp_path: Path) -> None:
     image = text(picture(tmp_path))
-    rows = [{"index": f"{split}_Art_1", "split": split, "question": "?", "answer": "A", "A": "x", "B": "y", "image": image}
-            for split in ("dev", "validation")]  # fmt: skip
+    row = {"question": "?", "answer": "A", "A": "x", "B": "y", "image": image}
+    rows = [{"index": f"{split}_Art_1", "split": split, **row} for split in ("dev", "validation")]
     items = find("mmmu").items(write_tsv(tmp_path / "MMMU_DEV_VAL.tsv", rows))
     assert [item.id for item in items] == ["validation_Art_1"] and items[0].meta["category"] == "Art"
 
@@ -213,8 +215,11 @@ def test_a_mark_without_its_picture(tmp_path: Path) -> None:
 def test_megatrons_words_are_those_of_infer(name: str, tmp_path: Path) -> None:
     rows: list[dict[str, Any]]
     if name == "MMMU":
-        rows = [{**MMMU, "image_1": struct(tmp_path)}, {**MMMU, "id": "validation_Math_2", "options": "[]", "answer": "3.5",
-                "question_type": "open", "question": "How many in <image 1>?", "image_1": struct(tmp_path, 1)}]  # fmt: skip
+        free = {"options": "[]", "answer": "3.5", "question_type": "open", "question": "How many in <image 1>?"}
+        rows = [
+            {**MMMU, "image_1": struct(tmp_path)},
+            {**MMMU, **free, "id": "validation_Math_2", "image_1": struct(tmp_path, 1)},
+        ]
         path = tmp_path / "Art" / "validation-00000.parquet"
     else:
         base = {**PARQUET["mathvista"][0], "decoded_image": struct(tmp_path)}
