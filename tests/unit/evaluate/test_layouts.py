@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tessera.config.errors import UserError
 from tessera.evaluate.item import Item
 from tessera.evaluate.tasks import BENCHMARKS, find
 from tessera.infer.tasks import TaskRows
@@ -256,3 +257,32 @@ def test_megatrons_own_files_are_asked_as_infer_asks(name: str, benchmark: str, 
     assert ours.row["messages"] == theirs[0]["messages"] and ours.row["images"] == theirs[0]["images"]
     known = theirs.line(0, "x")["gt_answer"]
     assert (ours.gold if isinstance(ours.gold, list) else [ours.gold]) == known
+
+
+def test_a_box_in_a_row_never_becomes_a_question(tmp_path: Path) -> None:
+    """VLMEvalKit's tsv has no column for the sentence alone, and its ``answer`` is the box."""
+    row = {"index": 1, "question": "Find the dog.", "answer": "[160, 120, 320, 240]", "image": text(picture(tmp_path)),
+           "width": 640, "height": 480, "split": "RefCOCO_val"}  # fmt: skip
+    path = write_tsv(tmp_path / "RefCOCO.tsv", [row, {**row, "index": 2, "question": ""}])
+    found = find("refcoco@vlmevalkit")
+    items = found.items(path)
+    assert asked(items[0]) == "<image>Find the dog." and found.judge(items[0], "[250, 250, 500, 500]").score == 1.0
+    assert items[1].problem == "no sentence"
+    with pytest.raises(UserError, match=r"RefCOCO\.tsv: no column sent or expression .* with the sentence"):
+        find("refcoco@json").items(path)
+
+
+def test_a_row_without_its_question(tmp_path: Path) -> None:
+    row = {"index": 1, "question": "?", "answer": "x", "image": text(picture(tmp_path))}
+    items = find("chartqa").items(write_tsv(tmp_path / "a.tsv", [row, {**row, "question": ""}]))
+    assert [item.problem for item in items] == [None, "no question"]
+
+
+def test_parquet_files_of_several_kinds_are_not_mixed(tmp_path: Path) -> None:
+    row = {"questionId": "4", "question": "date?", "answers": ["May"], "image": struct(tmp_path)}
+    for kind, split in (("DocVQA", "validation"), ("DocVQA", "test"), ("InfographicVQA", "validation")):
+        for part in range(2):
+            write_parquet(tmp_path / "root" / kind / f"{split}-0000{part}-of-00002.parquet", [row])
+    assert len(find("docvqa").items(tmp_path / "root" / "DocVQA")) == 2
+    with pytest.raises(UserError, match=r"holds several files \(DocVQA/validation-00000.*: name the one"):
+        find("docvqa").items(tmp_path / "root")

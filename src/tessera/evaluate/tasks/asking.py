@@ -65,6 +65,8 @@ def made(
     problem: str | None,
 ) -> Item:
     """The item with these turns; a missing answer is a problem too."""
+    if problem is None and fields.lacks("question"):
+        problem = "no question"
     if problem is None and gold in (None, "", [], [""]):
         problem = "no answer is known"
     held = [{"bytes": image} if isinstance(image, bytes) else image for image in images]

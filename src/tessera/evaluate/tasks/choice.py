@@ -116,7 +116,7 @@ def mmmu(dialect: str) -> Callable[[Path], Items]:
         return _interleaved(fields, question, gold, meta)
 
     def read(path: Path) -> Items:
-        source = Source(open_rows(path, "validation"), CHOICES)
+        source = Source(open_rows(path, "validation", nested=True), CHOICES)
         return Items(source, make, in_split(source, ("validation", "val", "test")))
 
     return read
@@ -178,7 +178,7 @@ def _lettered(rotated: bool = False) -> Callable[[Path], Items]:
         return asked(stripped, vlmevalkit_prompt(stripped, choices), known_letter(fields, choices), meta)
 
     def read(path: Path) -> Items:
-        return Items(Source(open_rows(path, "val"), CHOICES), make)
+        return Items(Source(open_rows(path, "dev|val|test"), CHOICES), make)
 
     return read
 
