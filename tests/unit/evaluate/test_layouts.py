@@ -272,6 +272,12 @@ def test_a_box_in_a_row_never_becomes_a_question(tmp_path: Path) -> None:
         find("refcoco@json").items(path)
 
 
+def test_a_row_without_choices(tmp_path: Path) -> None:
+    row = {"index": 1, "question": "Which?", "answer": "A", "image": text(picture(tmp_path)), "A": "x", "B": "y"}
+    path = write_tsv(tmp_path / "a.tsv", [row, {**row, "A": "", "B": ""}])
+    assert [item.problem is None for item in find("ai2d").items(path)] == [True, False]
+
+
 def test_a_row_without_its_question(tmp_path: Path) -> None:
     row = {"index": 1, "question": "?", "answer": "x", "image": text(picture(tmp_path))}
     items = find("chartqa").items(write_tsv(tmp_path / "a.tsv", [row, {**row, "question": ""}]))
