@@ -168,13 +168,14 @@ class Given:
         return self._rows[index]
 
 
-def open_rows(path: Path, split: str = "") -> Rows:
+def open_rows(path: Path, split: str = "", *, nested: bool = False) -> Rows:
     """The rows of a file, or of the files of a directory (of those whose names begin with ``split``, if any do).
 
-    UserError if there is nothing, or files of several kinds to choose from.
+    ``split`` may name several beginnings, best first: ``test|val``. With ``nested`` files of several folders belong
+    together. UserError if there is nothing, or something to choose from.
     """
     if path.is_dir():
-        files = _files(path, split)
+        files = _files(path, split.split("|"), nested)
         parts = [_open(file) for file in files]
         return parts[0] if len(parts) == 1 else Joined(str(path), parts)
     if not path.is_file():
@@ -182,13 +183,13 @@ def open_rows(path: Path, split: str = "") -> Rows:
     return _open(path)
 
 
-def _files(directory: Path, split: str) -> list[Path]:
-    found = [file for file in sorted(directory.rglob("*")) if file.is_file() and file.suffix.lower() in SUFFIXES]
-    found = [file for file in found if file.name.startswith(split)] or found
-    kinds = {file.suffix.lower() for file in found}
+def _files(directory: Path, splits: Sequence[str], nested: bool) -> list[Path]:
+    every = [file for file in sorted(directory.rglob("*")) if file.is_file() and file.suffix.lower() in SUFFIXES]
+    found = next((part for split in splits if (part := [file for file in every if file.name.startswith(split)])), every)
+    continued = {file.suffix.lower() for file in found} == {".parquet"}
     if not found:
         raise UserError(f"{directory}: holds no benchmark (no {' '.join(SUFFIXES)} file)")
-    if kinds != {".parquet"} and len(found) > 1:
+    if len(found) > 1 and not (continued and (nested or len({file.parent for file in found}) == 1)):
         names = ", ".join(str(file.relative_to(directory)) for file in found[:5])
         raise UserError(f"{directory}: holds several files ({names}): name the one that is meant")
     return found
@@ -263,12 +264,16 @@ class Folder:
         return [self._base, *first, *(place for place in below if place.name != "images")]
 
     def find(self, name: str) -> str:
-        """The path of picture ``name``, which may lack its ending; BadRow if there is none."""
-        for place in self._places:
-            for suffix in _IMAGE_SUFFIXES:
-                path = os.path.join(place, name + suffix)
-                if os.path.isfile(path):
-                    return path
+        """The path of picture ``name``, which may lack its ending or come with folders of another machine.
+
+        BadRow if there is none.
+        """
+        for called in dict.fromkeys((name, os.path.basename(name))):
+            for place in self._places:
+                for suffix in _IMAGE_SUFFIXES:
+                    path = os.path.join(place, called + suffix)
+                    if os.path.isfile(path):
+                        return path
         raise BadRow(f"no image {name} in {self._base} or a folder in it")
 
 
@@ -299,6 +304,10 @@ class Fields:
             if value is not None and value != "":
                 return value
         return default
+
+    def lacks(self, meaning: str) -> bool:
+        """Whether something is missing here without which the file would not be this benchmark."""
+        return meaning in self._source.layout.needed and self.get(meaning) is None
 
     def with_column(self, name: str, value: Any) -> Fields:
         """The same row with another value in column ``name``."""

@@ -122,6 +122,7 @@ def unknown(flag: str, name: str, known: Sequence[str]) -> UserError:
     """The error for a ``name`` that is none of ``known``, with the nearest ones."""
     import difflib
 
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
+    spelled = {each.lower(): each for each in known}
+    near = [spelled[found] for found in difflib.get_close_matches(name.lower(), list(spelled), n=3, cutoff=0.4)]
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
     return UserError(f"{flag} {name}: unknown; {hint}", exit_code=2)

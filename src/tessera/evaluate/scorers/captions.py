@@ -109,9 +109,10 @@ def cider_d(answers: Sequence[Sequence[str]], references: Sequence[Sequence[Sequ
     for people in held:
         images.update({gram for reference in people for counts in reference for gram in counts})
     everything = math.log(len(held)) if held else 0.0
+    weight_of = {gram: everything - math.log(count) for gram, count in images.items()}
 
     def weighted(counts: Grams) -> tuple[dict[tuple[str, ...], float], float]:
-        vector = {gram: count * (everything - math.log(max(1, images[gram]))) for gram, count in counts.items()}
+        vector = {gram: count * weight_of.get(gram, everything) for gram, count in counts.items()}
         return vector, math.sqrt(sum(weight * weight for weight in vector.values()))
 
     scores = []

@@ -21,7 +21,9 @@ _TAG = re.compile(r"<(?:image|video|audio)>")
 
 def question_of(fields: Fields, meaning: str = "question") -> str:
     """The row's question without media tags; empty if it has none."""
-    return _TAG.sub("", str(fields.get(meaning, ""))).replace("<img>", "<img >").strip()
+    text = str(fields.get(meaning, ""))
+    without = _TAG.sub("", text).replace("<img>", "<img >")
+    return text if without == text else without.strip()
 
 
 def asked(
@@ -63,6 +65,8 @@ def made(
     problem: str | None,
 ) -> Item:
     """The item with these turns; a missing answer is a problem too."""
+    if problem is None and fields.lacks("question"):
+        problem = "no question"
     if problem is None and gold in (None, "", [], [""]):
         problem = "no answer is known"
     held = [{"bytes": image} if isinstance(image, bytes) else image for image in images]

@@ -36,7 +36,7 @@ GENERAL = (
 Cut = Callable[[str], list[str]]
 
 
-def _reader(dialect: str) -> Callable[[Path], Items]:
+def _reader(dialect: str, split: str) -> Callable[[Path], Items]:
     def make(fields: Fields) -> Item:
         gold = texts(fields.get("answer"))
         if dialect == "megatron":
@@ -45,7 +45,7 @@ def _reader(dialect: str) -> Callable[[Path], Items]:
         return asked(fields, own or {"vlmevalkit": GENERAL}.get(dialect, ONE_SENTENCE), gold)
 
     def read(path: Path) -> Items:
-        source = Source(published(path, "val"), LAYOUT)
+        source = Source(published(path, split), LAYOUT)
         return Items(source, make, in_split(source, ("test", "val", "validation")))
 
     return read
@@ -53,7 +53,7 @@ def _reader(dialect: str) -> Callable[[Path], Items]:
 
 def kept(item: Item, answer: str) -> Scored:
     """The caption; what it is worth is known when all captions are."""
-    return Scored(None, answer.strip())
+    return Scored(None, answer)
 
 
 def _bare(text: str) -> list[str]:
@@ -98,11 +98,11 @@ CUTS: Mapping[str, tuple[Cut, Cut, Cut | None]] = {
 """How each dialect cuts answers and references, and both for ROUGE-L where that differs."""
 
 
-def _caption(name: str, dialect: str, about: str) -> Benchmark:
+def _caption(name: str, dialect: str, split: str, about: str) -> Benchmark:
     cut, cut_gold, rouge = CUTS[dialect]
     return Benchmark(
         f"{name}@{dialect}",
-        _reader(dialect),
+        _reader(dialect, split),
         kept,
         _total(cut, cut_gold, rouge),
         _settled(cut, cut_gold),
@@ -113,10 +113,7 @@ def _caption(name: str, dialect: str, about: str) -> Benchmark:
 
 
 BENCHMARKS = tuple(
-    _caption(name, dialect, about)
-    for name, about in (
-        ("coco", "captions of COCO's photographs"),
-        ("flickr30k", "captions of Flickr30k's photographs"),
-    )
+    _caption(name, dialect, split, f"captions of {whose} photographs")
+    for name, split, whose in (("coco", "val", "COCO's"), ("flickr30k", "test", "Flickr30k's"))
     for dialect in ("official", "vlmevalkit", "megatron")
 )

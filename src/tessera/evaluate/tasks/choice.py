@@ -116,7 +116,7 @@ def mmmu(dialect: str) -> Callable[[Path], Items]:
         return _interleaved(fields, question, gold, meta)
 
     def read(path: Path) -> Items:
-        source = Source(open_rows(path, "validation"), CHOICES)
+        source = Source(open_rows(path, "validation", nested=True), CHOICES)
         return Items(source, make, in_split(source, ("validation", "val", "test")))
 
     return read
@@ -175,10 +175,11 @@ def _lettered(rotated: bool = False) -> Callable[[Path], Items]:
             group = fields.row.get("g_index")
             meta["question"] = int(group) if group is not None else _main_index(fields.id)
         stripped = without_choices(fields) if "Options:" in str(fields.get("question", "")) and choices else fields
-        return asked(stripped, vlmevalkit_prompt(stripped, choices), known_letter(fields, choices), meta)
+        item = asked(stripped, vlmevalkit_prompt(stripped, choices), known_letter(fields, choices), meta)
+        return item if choices else replace(item, problem=item.problem or "no choices (A, B ... or a list of options)")
 
     def read(path: Path) -> Items:
-        return Items(Source(open_rows(path, "val"), CHOICES), make)
+        return Items(Source(open_rows(path, "dev|val|test"), CHOICES), make)
 
     return read
 

@@ -14,6 +14,7 @@ height). Without it the usual resizing is assumed: multiples of 28 pixels, betwe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,15 @@ ASK: Mapping[str, str] = {
 LAYOUT = Layout(
     {
         "id": ("index", "id", "question_id", "ref_id"),
-        "sentence": ("sent", "expression", "ref", "answer", "question"),
+        "sentence": ("sent", "expression", "sentence", "ref"),
         "answer": ("bbox", "bbox_x1", "x1", "box", "answer"),
         "image": ("image", "image_path", "file_name"),
         "split": ("split", "dataset"),
     },
     needed=("sentence", "answer", "image"),
 )
+LISTED = replace(LAYOUT, columns={**LAYOUT.columns, "sentence": ("answer",)})
+ASKED = replace(LAYOUT, columns={**LAYOUT.columns, "sentence": ("question",)})
 
 
 def corners(fields: Fields, *, sized: bool) -> boxes.Box | None:
@@ -71,8 +74,10 @@ def size_of(fields: Fields) -> tuple[int, int]:
 
 def _reader(dialect: str) -> Callable[[Path], Items]:
     def read(path: Path) -> Items:
-        source = Source(open_rows(path, "val"), LAYOUT)
-        sized = _sized(source.rows)
+        rows = open_rows(path, "val")
+        sized = _sized(rows)
+        own = dialect == "vlmevalkit" and not sized and "question" in column_names(rows)
+        source = Source(rows, LISTED if sized else ASKED if own else LAYOUT)
 
         def make(fields: Fields) -> Item:
             meta: dict[str, Any] = {}
@@ -81,7 +86,10 @@ def _reader(dialect: str) -> Callable[[Path], Items]:
                 meta["size"] = size_of(fields)
             except BadRow as error:
                 problem = str(error)
-            item = asked(fields, _sentence_prompt(dialect, fields), gold, meta)
+            words = str(fields.get("sentence", "")) if own else _sentence_prompt(dialect, fields)
+            item = asked(fields, words, gold, meta)
+            if fields.get("sentence") is None:
+                problem = "no sentence"
             wrong = item.problem or problem
             return Item(_name(fields, sized), item.row, gold, item.meta, wrong)
 
@@ -105,11 +113,9 @@ def _name(fields: Fields, sized: bool) -> str:
 
 
 def _sentence_prompt(dialect: str, fields: Fields) -> str:
-    if dialect == "vlmevalkit" and "question" in fields.row:
-        return str(fields.row["question"])
-    sentences = listed(fields.get("sentence"))
-    sentence = str(sentences[min(fields.turn, len(sentences) - 1)]) if sentences else ""
-    return ASK.get(dialect, ASK["ref"]).format(sentence)
+    sentences = listed(fields.get("sentence")) or [""]
+    sentence = str(sentences[fields.turn] if fields.turn < len(sentences) else sentences[0])
+    return ASK[dialect if dialect in ASK else "ref"].format(sentence)
 
 
 def _rule(frame: str | None) -> Callable[[Item, str], Scored]:
@@ -120,19 +126,23 @@ def _rule(frame: str | None) -> Callable[[Item, str], Scored]:
         if box is None:
             return Scored(0.0, None, f"{UNREAD}: no box")
         wide, high = item.meta["size"]
-        if frame == "pixels" and "seen" not in item.meta:
-            from tessera.models.geometry import smart_resize
-
-            down, across = smart_resize(high, wide, FACTOR, MIN_PIXELS, MAX_PIXELS)
-            seen = (across, down)
-        else:
-            seen = item.meta.get("seen", (wide, high))
+        seen = item.meta.get("seen") or (_usual(wide, high) if frame == "pixels" else (wide, high))
         found = boxes.to_image(box, frame, (wide, high), seen) if frame else boxes.guessed(box, (wide, high))
         shared = boxes.overlap(found, item.gold)
         text = ", ".join(f"{value:.1f}" for value in found)
         return Scored(float(shared >= THRESHOLD), f"[{text}]", f"IoU {shared:.3f}")
 
     return score
+
+
+def _usual(wide: int, high: int) -> tuple[int, int]:
+    """(width, height) after the usual resizing; an image too narrow for it stays as it is."""
+    from tessera.models.geometry import MAX_ASPECT, smart_resize
+
+    if min(wide, high) <= 0 or max(wide, high) > MAX_ASPECT * min(wide, high):
+        return wide, high
+    down, across = smart_resize(high, wide, FACTOR, MIN_PIXELS, MAX_PIXELS)
+    return across, down
 
 
 def average(judged: Judged) -> dict[str, float]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import overload
 
 from tessera.data.encode import located
 from tessera.data.sample import BadRow, normalise
@@ -29,11 +30,20 @@ class Own(Sequence[Item]):
 
     rows: Rows
     one_text: bool = False
+    kept: Sequence[int] | None = None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows) if self.kept is None else len(self.kept)
 
-    def __getitem__(self, index: int) -> Item:  # type: ignore[override]  # slices are never asked for
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Own: ...
+    def __getitem__(self, index: int | slice) -> Item | Own:
+        kept = range(len(self.rows)) if self.kept is None else self.kept
+        return replace(self, kept=kept[index]) if isinstance(index, slice) else self._item(kept[index])
+
+    def _item(self, index: int) -> Item:
         try:
             sample = normalise(self.rows[index])
         except BadRow as error:

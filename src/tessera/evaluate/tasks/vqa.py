@@ -19,7 +19,6 @@ TEXTVQA = Layout(
         "question": ("question",),
         "answer": ("answer", "answers"),
         "image": ("image", "image_path", "image_id"),
-        "category": ("category", "image_classes_none"),
     }
 )
 VQAV2 = Layout(
