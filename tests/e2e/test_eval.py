@@ -176,6 +176,11 @@ def test_answer_files_of_inference_are_scored(place: Path, tmp_path: Path) -> No
         assert "textvqa@megatron" in done.out
         found = rows_of(out / given.name / "TextVQA" / "predictions.jsonl")
         assert [row["id"] for row in found] == ["7", "8"]
+    done = works("megatron", "examples/multimodal/evaluate_textvqa.py", "--input-path", tmp_path / "ans" / "vlm",
+                 "--eval_output_dir", tmp_path / "script")  # fmt: skip
+    assert f"runs: tessera eval --input_path {tmp_path / 'ans' / 'vlm'} --task TextVQA" in done.out
+    name = "vlm/TextVQA/predictions.jsonl"
+    assert rows_of(tmp_path / "script" / name) == rows_of(tmp_path / "out-vlm" / name)
     one = next((tmp_path / "ans").glob("*partition=0.jsonl"))
     works("eval", "--input_path", one, "--task", "TextVQA", "--eval_output_dir", tmp_path / "one")
     done = tessera("eval", "--input_path", tmp_path / "ans", "--task", "MMMU")
