@@ -329,7 +329,7 @@ REST = (
     F("repetition_penalty", "infer", "float", None, "above 1 discourages repetition", low=0),
     F("stream", "infer", "bool", None, "print tokens as they come; true in a conversation if not given",
       verbs=("infer",)),
-    F("max_batch_size", "infer", "int", 8, "rows generated together", low=1),
+    F("max_batch_size", "infer", "int", 8, "rows generated together", low=1, defaults={"eval": 32}),
     F("result_path", "infer", "str", None, "JSON lines of answers; infer_result/<time>.jsonl if not given",
       verbs=("infer",)),
     F("val_dataset_sample", "infer", "int", None, "answer only the first N rows", low=1, verbs=("infer",)),

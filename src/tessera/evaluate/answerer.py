@@ -12,7 +12,7 @@ comes back with the reason; only what concerns all of them (no server, a wrong k
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -48,10 +48,16 @@ class Told:
 
 
 class Answerer(Protocol):
-    """Answers questions; ``settings`` is everything that decides an answer but the question itself."""
+    """Answers questions; ``settings`` is everything that decides an answer but the question itself.
+
+    ``notes`` are what the user should be told once.
+    """
 
     @property
     def settings(self) -> Mapping[str, Any]: ...
+
+    @property
+    def notes(self) -> Sequence[str]: ...
 
     def answers(self, asks: Iterable[Ask]) -> Iterator[Told]: ...
 
@@ -69,6 +75,11 @@ class Embedded:
     def settings(self) -> Mapping[str, Any]:
         """What decides an answer but the question itself."""
         return self._settings
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the session has to say."""
+        return self._session.notes
 
     def answers(self, asks: Iterable[Ask]) -> Iterator[Told]:
         """Answers as they end; a few more questions than run at a time are made ready in threads."""

@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +119,11 @@ class Remote:
     def settings(self) -> Mapping[str, Any]:
         """Server, model and sampling."""
         return {"url": self._server.base, "model": self._model, **self._body}
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Nothing."""
+        return ()
 
     @property
     def model(self) -> str:

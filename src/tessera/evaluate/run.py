@@ -12,6 +12,7 @@ files is shared, so a run goes on from whatever they hold (``evaluate/results.py
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,10 @@ SAY_S = 30.0
 """Seconds between two lines about progress where there is no terminal."""
 
 
+DAY_S = 86400.0
+"""How long ranks wait for each other if ``--ddp_timeout`` says nothing."""
+
+
 def main(run: Run) -> Path | None:
     """Evaluate as ``run`` says; the directory of the results, None for a dry run or another program's."""
     if run.evaluate.compare:
@@ -41,7 +46,9 @@ def main(run: Run) -> Path | None:
 
         return evalscope.main(run)
     run = with_generation(run)
-    mesh = Mesh.from_env(timeout_s=group_timeout(run.parallel.ddp_timeout))
+    # Ranks meet after hours, and one that fails ends the others without being waited for.
+    patience = DAY_S if run.provenance["ddp_timeout"] == "default" else group_timeout(run.parallel.ddp_timeout)
+    mesh = Mesh.from_env(timeout_s=patience)
     directory = evaluate(run, mesh)
     mesh.close()
     return directory
@@ -61,6 +68,8 @@ def evaluate(run: Run, mesh: Mesh) -> Path | None:
         output = Path(run.evaluate.eval_output_dir).expanduser()
         directory = output / re.sub(r"[^\w.@+-]+", "-", name)
         if mesh.is_main:
+            for note in answerer.notes:
+                print(f"note: {note}", file=sys.stderr)
             results.claim(directory, answerer.settings)
         mesh.barrier()
         outcomes = []

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.error
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -96,6 +96,11 @@ class Deployed:
     def settings(self) -> Mapping[str, Any]:
         """The model by its contents, the engine and sampling; where the server was does not matter."""
         return self._settings
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Nothing."""
+        return ()
 
     def answers(self, asks: Iterable[Ask]) -> Iterator[Told]:
         """Answers as they come."""

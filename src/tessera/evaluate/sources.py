@@ -12,11 +12,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from tessera.checkpoint.open import locate
 from tessera.config.parse import nearest, usage_error
 from tessera.config.run import InferArgs, Run
 from tessera.evaluate.answerer import Answerer, Embedded
 from tessera.evaluate.identity import fingerprint_of
 from tessera.evaluate.remote import Remote, Server, check_url
+from tessera.evaluate.server import Deployed
 from tessera.infer.session import Session
 
 GENERATION: Mapping[str, str] = {
@@ -76,8 +78,12 @@ def answerer_of(run: Run) -> Answerer:
         check_url(args.eval_url)
         server = Server(args.eval_url, run.model.model or "", args.api_key, args.eval_timeout)
         return Remote(server, request_body(run), concurrency=args.concurrency, root_image_dir=run.data.root_image_dir)
-    session = Session.open(run)
-    return Embedded(session, settings_of(run, session))
+    backend = run.values().get("infer_backend")
+    if backend in ("vllm", "sglang"):
+        return Deployed(run, str(backend), settings_of(run), request_body(run))
+    # The limit of a benchmark is said with every question.
+    session = Session.open(replace(run, infer=replace(run.infer, max_new_tokens=run.infer.max_new_tokens or 1)))
+    return Embedded(session, {**settings_of(run), **sampling_of(run, session)})
 
 
 def request_body(run: Run) -> dict[str, Any]:
@@ -88,22 +94,22 @@ def request_body(run: Run) -> dict[str, Any]:
     return {**body, **(run.evaluate.eval_generation_config or {})}
 
 
-def settings_of(run: Run, session: Session) -> dict[str, Any]:
-    """Everything that decides an answer of the embedded engine but the question."""
+def settings_of(run: Run) -> dict[str, Any]:
+    """The model and the limits of ``run`` that decide an answer, the model by the contents of its files."""
     model, data = asdict(run.model), asdict(run.data)
-    sampling = asdict(session.sampling)
-    found: dict[str, Any] = {"model": fingerprint_of(session.source.path)}
-    if session.source.location != session.source.path:
-        found["weights"] = fingerprint_of(session.source.location)
+    assert run.model.model is not None, "checked by config.evaluate"
+    found: dict[str, Any] = {"model": fingerprint_of(locate(run.model.model))}
+    if run.model.hf_dir is not None:
+        found["hf_dir"] = fingerprint_of(locate(run.model.hf_dir, "--hf_dir"))
     if run.model.adapters:
         found["adapters"] = [fingerprint_of(Path(name)) for name in run.model.adapters]
     found |= {name: model[name] for name in (*DECIDES, *QUANTISED) if model[name] is not None}
-    found |= {
-        name: data[name]
-        for name in SHAPES
-        if data[name] is not None and (name, data[name]) != ("truncation_strategy", "delete")
-    }
-    found |= sampling
+    return found | {name: data[name] for name in SHAPES if data[name] is not None}
+
+
+def sampling_of(run: Run, session: Session) -> dict[str, Any]:
+    """How ``session`` chooses tokens; the seed only where it draws."""
+    found = asdict(session.sampling)
     return found if session.sampling.greedy else {**found, "seed": run.train.seed}
 
 

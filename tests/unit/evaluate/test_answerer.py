@@ -18,7 +18,7 @@ from tessera.evaluate import server as local
 from tessera.evaluate.answerer import Answerer, Ask, Embedded, Told
 from tessera.evaluate.identity import fingerprint_of
 from tessera.evaluate.remote import Remote, Server, chat_messages, check_url, data_uri
-from tessera.evaluate.sources import settings_of, with_generation
+from tessera.evaluate.sources import sampling_of, settings_of, with_generation
 from tessera.infer.session import Session
 from tests.benchmarks import COLOURS, QUESTION, completion, picture, server
 from tests.models import make_model_dir
@@ -196,7 +196,7 @@ def test_limits_differ_between_questions(model: Path, tmp_path: Path) -> None:
 def test_settings_are_the_model_and_what_decides_answers(model: Path, tmp_path: Path) -> None:
     def settings(*words: str) -> dict[str, Any]:
         run = with_generation(resolve(["eval", "--model", str(model), "--eval_datasets", "a=b", *words], {}))
-        return settings_of(run, Session.open(run))
+        return {**settings_of(run), **sampling_of(run, Session.open(run))}
 
     plain = settings()
     assert plain == settings("--eval_limit", "3", "--max_batch_size", "2", "--seed", "7")

@@ -139,3 +139,18 @@ def test_a_score_between_right_and_wrong(tmp_path: Path) -> None:
     assert [a["data-verdict"] for tag, a in tags.found if tag == "article"] == ["open", "part"]
     assert "score 0.5" in text
     assert "read as" in text
+
+
+def test_items_that_stand_or_fall_together_are_one_draw(tmp_path: Path) -> None:
+    outcome = outcome_of(tmp_path)
+    alone = summarise(outcome)
+    pairs = [replace(v, item=replace(v.item, meta={"pair": v.place // 2})) for v in outcome.verdicts]
+    benchmark = replace(outcome.job.benchmark, together="pair")
+    found = summarise(replace(outcome, job=replace(outcome.job, benchmark=benchmark), verdicts=pairs))
+    assert found.value == alone.value
+    assert found.is_mean
+    assert found.interval is not None
+    assert alone.interval is not None
+    assert found.interval != alone.interval
+    draws = {round(bound * 12, 9) for bound in (found.interval.low, found.interval.high)}
+    assert len(draws) == 2
