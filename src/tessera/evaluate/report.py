@@ -11,6 +11,7 @@ import base64
 import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ CARDS = 240
 """Most items on the page; of each benchmark an equal share, a fifth of it for items that are right."""
 PICTURES = 4
 LISTED = 40
+ALIKE = 0.6
+"""Similarity from which differences between truth and answer are marked."""
 
 STYLE = """<style>
 .bar { position: sticky; top: 0; background: var(--bg); padding: 8px 0; display: flex; gap: 8px; flex-wrap: wrap;
@@ -215,7 +218,7 @@ def _card(outcome: Outcome, verdict: Verdict) -> Card:
     badge = {"open": "not judged", "right": "right", "wrong": "wrong", "part": f"score {value or 0.0:.3g}"}[kind]
     gold, answer = gold_text(item.gold), verdict.answer
     shown_gold, shown_answer = html.escape(gold[:MAX_TEXT]), html.escape((answer or "")[:MAX_TEXT])
-    if kind in ("wrong", "part") and answer and isinstance(item.gold, str) and len(gold) > 3:
+    if kind in ("wrong", "part") and answer and isinstance(item.gold, str) and alike(gold, answer):
         shown_gold, shown_answer = marked(gold[:MAX_TEXT], answer[:MAX_TEXT])
     rows = [
         ("truth", shown_gold or "<i>none</i>"),
@@ -229,6 +232,12 @@ def _card(outcome: Outcome, verdict: Verdict) -> Card:
     trouble = "trouble" if verdict.troubles else ""
     pictures = [picture(image) for image in images_of(item.row, job.base)[:PICTURES]]
     return Card(job.name, item.id, kind, badge, question_text(item), rows, pictures, part, trouble)
+
+
+def alike(gold: str, answer: str) -> bool:
+    """Whether two texts are near enough for their differences to say something."""
+    near = SequenceMatcher(None, gold[:MAX_TEXT], answer[:MAX_TEXT], autojunk=False)
+    return len(gold) > 3 and near.quick_ratio() > ALIKE and near.ratio() > ALIKE
 
 
 def gold_text(gold: Any) -> str:

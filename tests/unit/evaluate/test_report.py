@@ -154,3 +154,9 @@ def test_items_that_stand_or_fall_together_are_one_draw(tmp_path: Path) -> None:
     assert found.interval != alone.interval
     draws = {round(bound * 12, 9) for bound in (found.interval.low, found.interval.high)}
     assert len(draws) == 2
+
+
+def test_differences_are_marked_only_where_texts_are_alike() -> None:
+    assert report.alike("frac a b + c", "frac a b - c")
+    assert not report.alike("blue", "It is certainly purple")
+    assert not report.alike("red", "rad")
