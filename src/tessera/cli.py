@@ -31,12 +31,16 @@ ENTRY: Mapping[str, str] = {
     "pt": "tessera.recipes.supervised:main",
     "sft": "tessera.recipes.supervised:main",
     "infer": "tessera.infer.run:main",
+    "eval": "tessera.evaluate.run:main",
     "export": "tessera.recipes.export:main",
     "compose": "tessera.recipes.compose:main",
     "data": "tessera.recipes.data:main",
     "report": "tessera.observe.report:main",
     "demo": "tessera.recipes.demo:main",
 }
+LAUNCHED = (*TRAIN, "eval")
+"""Verbs that start themselves once per process."""
+
 GRACE_S, PEER_GRACE_S = 1.0, 8.0
 """How long another rank than 0 waits before it reports an error, so that an error common to all is reported as rank
 0's, and how long a rank that only noticed another one's end waits for the launcher to learn the cause."""
@@ -86,7 +90,7 @@ def _main(words: list[str]) -> int:
             print(f"runs: {shlex.join(_masked(['tessera', *words]))}", flush=True)
     for name, value in run.env.items():
         os.environ.setdefault(name, value)
-    if not under_launcher(os.environ) and run.verb in TRAIN and not run.dry_run and _several(run):
+    if not under_launcher(os.environ) and run.verb in LAUNCHED and not run.dry_run and _several(run):
         return launch(run, words)
     if _rank() == 0:
         for note in run.notes:
@@ -183,6 +187,6 @@ def _masked(command: Sequence[str]) -> list[str]:
     """The command without the secret it may hold."""
     out = list(command)
     for at, word in enumerate(out[:-1]):
-        if word == "--hub_token":
+        if word in ("--hub_token", "--api_key", "--hub-token", "--api-key"):
             out[at + 1] = "***"
     return out

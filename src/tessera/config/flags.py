@@ -32,11 +32,12 @@ number of bytes such as ``5GB``; ``json`` is a JSON object or the path of a file
 Dialect = Literal["swift", "megatron"]
 """Whose names and defaults hold: ``tessera VERB`` or ``tessera megatron VERB``."""
 
-TRAIN, USE = ("pt", "sft"), ("infer", "export")
+TRAIN, USE = ("pt", "sft"), ("infer", "export", "eval")
 VERBS: Mapping[str, str] = {
     "pt": "continue pre-training a model: loss on every token",
     "sft": "fine-tune a model on conversations, with or without images",
     "infer": "run a model or adapter over a dataset, or talk to it",
+    "eval": "ask a model a benchmark's questions and score the answers, or compare two evaluations",
     "export": "merge an adapter, change the dtype, convert from or to Megatron, push to a hub",
     "compose": "make a new model from the tower of one and the language model of another",
     "data": "show what a dataset becomes; lint, stats, show, convert and prepare datasets",
@@ -45,14 +46,15 @@ VERBS: Mapping[str, str] = {
 }
 ROOMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "model": ("which model, at which resolution", (*TRAIN, *USE, "data")),
-    "data": ("which rows, and how they become batches", (*TRAIN, "infer", "data")),
+    "data": ("which rows, and how they become batches", (*TRAIN, "infer", "eval", "data")),
     "adapt": ("what is trainable", TRAIN),
     "train": ("in what order, how fast", TRAIN),
     "memory": ("what stays on the device", TRAIN),
     "save": ("what is kept", TRAIN),
     "log": ("what is shown", TRAIN),
     "parallel": ("on how many processes", TRAIN),
-    "infer": ("how answers are generated", ("infer",)),
+    "infer": ("how answers are generated", ("infer", "eval")),
+    "evaluate": ("what is asked and how it is scored", ("eval",)),
     "export": ("what leaves the house", ("export",)),
     "convert": ("between Hugging Face and Megatron", ("export",)),
     "short": ("short for other flags", TRAIN),
@@ -169,7 +171,7 @@ DATA = (
       "every step is a whole batch: what is left of an epoch begins the next one, what is left at the end is dropped",
       defaults={"megatron": True}),
     F("load_data_args", "data", "bool", False, "take dataset and split from the args.json of the model or adapter",
-      verbs=USE),
+      verbs=("infer", "export")),
 )  # fmt: skip
 
 ADAPT = (
@@ -230,7 +232,7 @@ TRAINING = (
     F("min_lr", "train", "float", 0.0, "where the schedule ends", low=0),
     F("wsd_decay_ratio", "train", "float", 0.1, "warmup_stable_decay: share of the run that decays", low=0, high=1),
     F("seed", "train", "int", 42, "seed of everything random", low=0,
-      verbs=(*TRAIN, "infer", "data", "demo", "compose")),
+      verbs=(*TRAIN, "infer", "eval", "data", "demo", "compose")),
     F("gradient_checkpointing", "train", "bool", True, "true is --recompute_granularity full, false none"),
     F("vit_gradient_checkpointing", "train", "bool", None,
       "recompute every block of the tower; as the decoder if not given"),
@@ -309,32 +311,39 @@ REST = (
     F("data_parallel_replicate_size", "parallel", "int", 1, "copies of the sharded model (HSDP)", low=1,
       megatron=("num_distributed_optimizer_instances",)),
     F("vision_balance", "parallel", "bool", True, "spread the images of a step evenly over the data-parallel ranks"),
-    F("ddp_timeout", "parallel", "int", 1800, "seconds without progress until the run ends and names the rank", low=1),
-    F("nproc_per_node", "parallel", "int", 1, "processes on this machine", env="NPROC_PER_NODE", low=1),
-    F("nnodes", "parallel", "int", 1, "machines", env="NNODES", low=1),
-    F("node_rank", "parallel", "int", 0, "which of them this is", env="NODE_RANK", low=0),
-    F("master_addr", "parallel", "str", None, "address of the first machine", env="MASTER_ADDR"),
+    F("ddp_timeout", "parallel", "int", 1800, "seconds without progress until the run ends and names the rank", low=1,
+      verbs=(*TRAIN, "eval")),
+    F("nproc_per_node", "parallel", "int", 1, "processes on this machine", env="NPROC_PER_NODE", low=1,
+      verbs=(*TRAIN, "eval")),
+    F("nnodes", "parallel", "int", 1, "machines", env="NNODES", low=1, verbs=(*TRAIN, "eval")),
+    F("node_rank", "parallel", "int", 0, "which of them this is", env="NODE_RANK", low=0, verbs=(*TRAIN, "eval")),
+    F("master_addr", "parallel", "str", None, "address of the first machine", env="MASTER_ADDR",
+      verbs=(*TRAIN, "eval")),
     F("master_port", "parallel", "int", None, "port on the first machine; a free one on a single machine, else 29500",
-      env="MASTER_PORT", low=1, high=65535),
+      env="MASTER_PORT", low=1, high=65535, verbs=(*TRAIN, "eval")),
     F("max_new_tokens", "infer", "int", None, "most tokens of an answer; what the model has room for if not given",
       low=1, aliases=("out_seq_length",)),
     F("temperature", "infer", "float", None, "0 is greedy; the model's generation_config.json if not given", low=0),
     F("top_k", "infer", "int", None, "sample among this many tokens", low=-1),
     F("top_p", "infer", "float", None, "sample among tokens of this total probability", low=0, high=1),
     F("repetition_penalty", "infer", "float", None, "above 1 discourages repetition", low=0),
-    F("stream", "infer", "bool", None, "print tokens as they come; true in a conversation if not given"),
-    F("max_batch_size", "infer", "int", 8, "rows generated together", low=1),
-    F("result_path", "infer", "str", None, "JSON lines of answers; infer_result/<time>.jsonl if not given"),
-    F("val_dataset_sample", "infer", "int", None, "answer only the first N rows", low=1),
+    F("stream", "infer", "bool", None, "print tokens as they come; true in a conversation if not given",
+      verbs=("infer",)),
+    F("max_batch_size", "infer", "int", 8, "rows generated together", low=1, defaults={"eval": 32}),
+    F("result_path", "infer", "str", None, "JSON lines of answers; infer_result/<time>.jsonl if not given",
+      verbs=("infer",)),
+    F("val_dataset_sample", "infer", "int", None, "answer only the first N rows", low=1, verbs=("infer",)),
     F("task", "infer", "str", None, "ask a benchmark's questions as Megatron-LM's scripts do (docs/inference.md)",
       choices=("captioning", "TextVQA", "VQAv2", "ChartQA", "InfoVQA", "SPDocVQA", "AI2D", "OCRBench", "RealworldQA",
                "MathVista", "MMMU")),
-    F("input_image_path", "infer", "str", None, "task: folder of its images, or of its parquet files"),
-    F("gt_path", "infer", "str", None, "task: file of its questions and truths"),
-    F("output_path", "infer", "str", None, "task: beginning of the name of the file of answers"),
-    F("num_partitions", "infer", "int", 0, "task: answer one of N parts; 0 all", low=0),
-    F("partition_id", "infer", "int", 0, "task: this one, from 0", low=0),
-    F("num_samples_per_partition", "infer", "int", 0, "task: questions of a part; equal parts if 0", low=0),
+    F("input_image_path", "infer", "str", None, "task: folder of its images, or of its parquet files",
+      verbs=("infer",)),
+    F("gt_path", "infer", "str", None, "task: file of its questions and truths", verbs=("infer", "eval")),
+    F("output_path", "infer", "str", None, "task: beginning of the name of the file of answers", verbs=("infer",)),
+    F("num_partitions", "infer", "int", 0, "task: answer one of N parts; 0 all", low=0, verbs=("infer",)),
+    F("partition_id", "infer", "int", 0, "task: this one, from 0", low=0, verbs=("infer",)),
+    F("num_samples_per_partition", "infer", "int", 0, "task: questions of a part; equal parts if 0", low=0,
+      verbs=("infer",)),
     F("merge_lora", "export", "bool", False, "write the base model with the adapter added in"),
     F("push_to_hub", "export", "bool", False, "upload the directory"),
     F("hub_model_id", "export", "str", None, "namespace/name on the hub"),
@@ -401,6 +410,34 @@ REST = (
     F("dry_run", "run", "bool", False, "resolve and check everything, print the plan, load no weights"),
 )  # fmt: skip
 
+EVALUATE = (
+    F("eval_dataset", "evaluate", "list", (), "benchmarks, each as NAME or NAME=PATH; while training: asked at every "
+      "evaluation", aliases=("eval_datasets",), verbs=("eval", *TRAIN)),
+    F("eval_dataset_args", "evaluate", "json", None, "per benchmark: where it lies and how much of it is asked, e.g. "
+      "'{\"MMMU\": {\"local_path\": \"mmmu\", \"limit\": 100}}'", aliases=("dataset_args",), verbs=("eval", *TRAIN)),
+    F("local_path", "evaluate", "str", None, "where the one benchmark lies, or a directory with one directory or file "
+      "per benchmark", aliases=("eval_local_path",), verbs=("eval", *TRAIN)),
+    F("eval_limit", "evaluate", "int", None, "ask the first N questions of each benchmark", low=1,
+      verbs=("eval", *TRAIN)),
+    F("eval_generation_config", "evaluate", "json", None, "how answers are generated, as one JSON object; flags hold "
+      "over it", verbs=("eval", *TRAIN)),
+    F("scorer", "evaluate", "str", None, "rule for the rows of --dataset, which are the questions then"),
+    F("eval_backend", "evaluate", "str", "native", "native is this program; evalscope runs that one against a server",
+      choices=("native", "Native", "VLMEvalKit", "OpenCompass", "evalscope")),
+    F("eval_url", "evaluate", "str", None, "ask a server that speaks OpenAI's protocol; --model is the name it knows",
+      aliases=("api_url", "eval_api_url")),
+    F("api_key", "evaluate", "str", None, "key of that server; never written to a file", env="TESSERA_API_KEY"),
+    F("concurrency", "evaluate", "int", 8, "questions under way at that server", low=1,
+      aliases=("eval_num_proc", "eval_batch_size")),
+    F("eval_timeout", "evaluate", "float", 600.0, "seconds that server may take for an answer", low=0),
+    F("eval_output_dir", "evaluate", "str", "eval_output", "where answers, figures and the page go; the same command "
+      "goes on there", aliases=("work_dir",)),
+    F("download", "evaluate", "bool", False, "fetch benchmarks that are not here from the Hugging Face hub"),
+    F("compare", "evaluate", "list", (), "two directories of evaluations, compared item by item"),
+    F("input_path", "evaluate", "str", None, "score the answers that tessera infer --task wrote: a file, or a "
+      "directory of its parts"),
+)  # fmt: skip
+
 INERT = (
     F("model_type", "inert", "str", inert="the family is read from the model's config.json"),
     F("attn_impl", "inert", "str", choices=("sdpa", "eager", "flash_attn", "flash_attention_2", "flash_attention_3"),
@@ -421,6 +458,7 @@ INERT = (
     F("moe_permute_fusion", "inert", "bool", inert="tokens are sorted by expert in one pass either way"),
     F("check_model", "inert", "bool", inert="every tensor of a checkpoint is accounted for when it is loaded"),
     F("use_hf", "inert", "bool", env="USE_HF", inert="ids are always looked up on the Hugging Face hub"),
+    F("eval_use_evalscope", "inert", "bool", verbs=TRAIN, inert="benchmarks are scored by tessera's own rules"),
     F("infer_backend", "inert", "str", choices=("pt", "transformers"), inert="the engine is always tessera's own"),
 )  # fmt: skip
 
@@ -428,7 +466,7 @@ MEGATRON = tuple(
     F(name, "inert", kind, only="megatron", inert=reason) for name, kind, reason in accepted.rows()
 )  # fmt: skip
 
-FLAGS: tuple[Flag, ...] = (*MODEL, *DATA, *ADAPT, *TRAINING, *MEMORY, *REST, *INERT, *MEGATRON)
+FLAGS: tuple[Flag, ...] = (*MODEL, *DATA, *ADAPT, *TRAINING, *MEMORY, *REST, *EVALUATE, *INERT, *MEGATRON)
 BY_NAME: Mapping[str, Flag] = {name: flag for flag in FLAGS for name in flag.names("megatron")}
 """Every spelling of every dialect; :meth:`Flag.names` and :meth:`Flag.belongs_to` say which of them holds where."""
 

@@ -28,6 +28,7 @@ from typing import Any
 
 from tessera.config import batches, memory, parallel, scripts
 from tessera.config import convert as conversion
+from tessera.config import evaluate as evaluation
 from tessera.config.flags import BY_NAME, FLAGS, TRAIN, USE, VERBS, Dialect, Flag
 from tessera.config.parse import (
     Words,
@@ -41,12 +42,12 @@ from tessera.config.parse import (
     usage_error,
     words_of,
 )
-from tessera.config.run import ROOM_CLASSES, Run
+from tessera.config.run import ROOM_CLASSES, SECRETS, Run
 from tessera.config.sources import Sources, is_mcore
 from tessera.config.tasks import data_task
 
 VISION = ("max_pixels", "min_pixels", "video_max_pixels", "fps", "fps_max_frames", "max_num")
-LATER = ("rlhf", "deploy", "eval", "plan", "rollout", "app", "web-ui", "sample")
+LATER = ("rlhf", "deploy", "plan", "rollout", "app", "web-ui", "sample")
 
 
 @dataclass
@@ -206,8 +207,10 @@ def _from_env(draft: _Draft, variables: Mapping[str, str]) -> None:
     for flag in FLAGS:
         if flag.env and flag.belongs_to(draft.verb, draft.dialect) and variables.get(flag.env, "").strip():
             text = variables[flag.env].strip()
-            draft.env[flag.env] = text
             draft.offer(flag, [text], "env", flag.env)
+            if flag.name in SECRETS:
+                continue
+            draft.env[flag.env] = text
             if str(draft.values[flag.name]) != str(convert(flag, [text], flag.env)):
                 draft.notes.append(f"--{flag.name} {draft.values[flag.name]} holds, {flag.env}={text} is dropped")
 
@@ -282,7 +285,9 @@ def _require(draft: _Draft, words: Words) -> None:
     values, cut = draft.values, f" (the command seems cut after {words.cut_after})" if words.cut_after else ""
     command, theirs = program(draft.verb, draft.dialect), draft.dialect == "megatron"
     named = [values["model"]] if draft.verb in TRAIN else [values["model"], values["mcore_model"]]
-    if draft.verb in (*TRAIN, *USE) and not any((*named, *values["adapters"], *values["mcore_adapters"])):
+    if draft.verb == "eval":
+        evaluation.require(values, draft.given)
+    elif draft.verb in (*TRAIN, *USE) and not any((*named, *values["adapters"], *values["mcore_adapters"])):
         more = " or --adapters" if draft.verb in USE else ""
         raise usage_error(f"{command}: {'--load' if theirs else '--model'}{more} is required{cut}")
     if (draft.verb in TRAIN or (draft.verb == "data" and draft.target is None)) and not values["dataset"]:
@@ -344,6 +349,8 @@ def _paths(draft: _Draft) -> None:
     """Local paths become absolute, so that args.json means the same from anywhere; a system prompt is read."""
     values = draft.values
     for name in ("model", "hf_dir", "mcore_model", "mcore_vision_model"):
+        if name == "model" and values["eval_url"] is not None:
+            continue  # what the server calls it
         if values[name] is not None and draft.provenance[name] != "args.json":
             values[name] = _local(
                 draft.label("load" if name == "model" and "load" in draft.spelled else name), values[name]
@@ -423,7 +430,7 @@ def _check(verb: str, values: Mapping[str, Any]) -> None:
         raise usage_error("--push_to_hub true needs --hub_model_id namespace/name")
     if values["merge_lora"] and not (values["adapters"] or values["mcore_adapters"]):
         raise usage_error("--merge_lora true needs --adapters DIR")
-    if values["task"] is not None:
+    if values["task"] is not None and verb == "infer":
         _check_task(values)
     if values["nnodes"] > 1 and not values["master_addr"]:
         raise usage_error(f"NNODES={values['nnodes']} needs MASTER_ADDR, the address of the first machine")
@@ -457,6 +464,8 @@ def _hints(draft: _Draft) -> None:
             label = BY_NAME[name].env if draft.provenance[name] == "env" else draft.label(name)
             draft.notes.append(f"{label} has no effect: {BY_NAME[name].inert}")
     asked = [name for name in ("eval_steps", "eval_strategy") if draft.given(name)]
+    if values["eval_dataset"] and draft.verb in TRAIN:
+        asked = []
     if asked and values["eval_strategy"] != "no" and not values["val_dataset"] and not values["split_dataset_ratio"]:
         draft.notes.append(
             f"--{asked[0]} {values[asked[0]]}: nothing to evaluate on; add --split_dataset_ratio 0.01 or --val_dataset"

@@ -28,6 +28,10 @@ Steps = int | float
 """A number of steps, a share of the run if below 1, or -1: at the end only."""
 
 
+SECRETS = ("hub_token", "api_key")
+"""Flags that are never printed and never written to a file."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelArgs:
     """Which model, in which dtype, at which resolution, quantised or not."""
@@ -247,6 +251,27 @@ class InferArgs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvalArgs:
+    """What is asked and how it is scored; ``api_key`` lives in memory only, ``eval_timeout`` is in seconds."""
+
+    eval_dataset: tuple[str, ...]
+    eval_dataset_args: Mapping[str, Any] | None
+    local_path: str | None
+    eval_limit: int | None
+    eval_generation_config: Mapping[str, Any] | None
+    scorer: str | None
+    eval_backend: str
+    eval_url: str | None
+    api_key: str | None
+    concurrency: int
+    eval_timeout: float
+    eval_output_dir: str
+    download: bool
+    compare: tuple[str, ...]
+    input_path: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportArgs:
     """What leaves the house; ``hub_token`` lives in memory only."""
 
@@ -341,6 +366,7 @@ ROOM_CLASSES: Mapping[str, type] = {
     "log": LogArgs,
     "parallel": ParallelArgs,
     "infer": InferArgs,
+    "evaluate": EvalArgs,
     "export": ExportArgs,
     "convert": ConvertArgs,
     "shards": ShardArgs,
@@ -370,6 +396,7 @@ class Run:
     log: LogArgs
     parallel: ParallelArgs
     infer: InferArgs
+    evaluate: EvalArgs
     export: ExportArgs
     convert: ConvertArgs
     shards: ShardArgs
@@ -394,7 +421,7 @@ class Run:
         for name, value in {**self.values(), **self.inert}.items():
             for spelling in BY_NAME[name].names(self.dialect):
                 out[spelling] = list(value) if isinstance(value, tuple) else value
-        out["hub_token"] = None
+        out |= dict.fromkeys(SECRETS)
         return {
             **out,
             "verb": self.verb,
@@ -410,7 +437,7 @@ class Run:
             shown = [
                 f"{name}={value}" + (f" ({origin})" if (origin := self.provenance[name]) != "flag" else "")
                 for name, value in self.values().items()
-                if BY_NAME[name].room == room and self.provenance[name] != "default" and name != "hub_token"
+                if BY_NAME[name].room == room and self.provenance[name] != "default" and name not in SECRETS
             ]
             if shown:
                 lines.append(f"{room:<9} {'  '.join(shown)}")

@@ -126,6 +126,19 @@ class Session:
             )
         models: dict[str | None, VLM] = {None: module}
         models |= {name: beside(run, source, module, directory) for name, directory in (adapters or {}).items()}
+        return cls.around(run, source, models, device, sizes=sizes)
+
+    @classmethod
+    def around(
+        cls,
+        run: Run,
+        source: door.Source,
+        models: Mapping[str | None, VLM],
+        device: torch.device,
+        *,
+        sizes: Callable[[Demand], Sizes] = sizes_for,
+    ) -> Session:
+        """A session over ``models`` that are there already: by adapter name, None the one without."""
         defaults = door.read_json(source.path / "generation_config.json")
         encoder = encoder_of(run, source)
         limits = _limits(run, source, encoder.renderer, defaults)
@@ -139,7 +152,7 @@ class Session:
             decode,
             streams(encoder.renderer.tokenizer, decode),
             device=device,
-            sizes=sizes(Demand.of(module, limits, device, run.infer.max_batch_size)),
+            sizes=sizes(Demand.of(models[None], limits, device, run.infer.max_batch_size)),
             normalisation=normalisation,
         )
         session = cls(source, encoder, scheduler, Sampling.of(run.infer, defaults))

@@ -90,6 +90,10 @@ def locate(path: Path) -> Path:
     raise UserError(f"tessera report {path}: not a run (no logging.jsonl) and holds none (no vN-... directory)")
 
 
+MEASURED = ("eval_loss", "eval_token_acc", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+"""What every evaluation logs; any other ``eval_`` is a benchmark's score."""
+
+
 @dataclass(frozen=True, slots=True)
 class Material:
     """What a run left behind, read once."""
@@ -200,6 +204,10 @@ def _curves(log: Curves) -> str:
     groups = [key for key in curves if key.startswith("lr_")]
     rates += [Line(key.removeprefix("lr_"), curves[key], index) for index, key in enumerate(groups[:3], 1)]
     figures.append(chart("learning rate", rates))
+    asked = [key for key in curves if key.startswith("eval_") and key not in MEASURED]
+    if asked:
+        lines = [Line(key.removeprefix("eval_"), curves[key], index % 4) for index, key in enumerate(asked)]
+        figures.append(chart("benchmarks", lines, note="pages in eval/step-N", zero=True))
     figures += [
         chart(title, [Line(title, curves[key])], note=note, zero=True) for key, title, note in SINGLE if key in curves
     ]

@@ -100,7 +100,7 @@ def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) ->
     quantisation = adapt.quant.requested(run.model, run.adapt)
     trained: set[str] = set()
     stages: list[Stage] = []
-    adapted: list[tuple[adapt.Adaptation, Filling]] = []
+    made: list[tuple[adapt.Adaptation, Filling]] = []
 
     def spread(module: nn.Module) -> None:
         stages.extend(_stages(run, module, mesh))
@@ -108,8 +108,8 @@ def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) ->
 
     def decide(module: nn.Module) -> None:
         if quantisation is None:
-            adapted.append(_adapted(run, source, module))
-            trained.update(adapted[0][0].trainable)
+            made.append(adapted(run, source, module))
+            trained.update(made[0][0].trainable)
             if run.memory.fp8:
                 adapt.fp8.convert(module, source.plan.groups, run.memory)
             spread(module)
@@ -120,8 +120,8 @@ def load_model(run: Run, source: door.Source, mesh: Mesh, dtype: torch.dtype) ->
     stored = adapt.stored_name if quantisation is None else str
     model = door.load(source, dtype=dtype_for, device=mesh.device, prepare=decide, stored=stored)
     if quantisation is not None:
-        adapted.append(_adapted(run, source, model, quantisation))
-    adaptation, fill = adapted[0]
+        made.append(adapted(run, source, model, quantisation))
+    adaptation, fill = made[0]
     fill(model)
     if quantisation is not None:
         spread(model)
@@ -175,7 +175,7 @@ Filling = Callable[[nn.Module], None]
 """What gives adapters their values when the weights have theirs."""
 
 
-def _adapted(
+def adapted(
     run: Run, source: door.Source, model: nn.Module, quantisation: adapt.Quantisation | None = None
 ) -> tuple[adapt.Adaptation, Filling]:
     """Make ``model`` trainable, with fresh adapters or with that of ``--adapters``."""

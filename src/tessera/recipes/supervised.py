@@ -53,7 +53,7 @@ from tessera.parallel.apply import Sharder
 from tessera.parallel.aside import Aside
 from tessera.parallel.mesh import Mesh, world_size
 from tessera.parallel.watchdog import group_timeout, watching
-from tessera.recipes import fit, placement, screen
+from tessera.recipes import fit, live, placement, screen
 from tessera.recipes.export import ARGS_FILE, limit_processor
 from tessera.train.optim import Optimizers
 from tessera.train.schedule import Schedule, warmup_steps
@@ -348,6 +348,7 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
     source = door.describe(run.model)
     placement.check_memory(run, source)
     fit.check(run, source, mesh.layout)
+    live.check(run, source, mesh.layout)
     mirror = mirror_of(run, source, mesh)  # what cannot be written is refused before it is trained
     dtype = door.compute_dtype(source, run.model.torch_dtype, mesh.device)
     if mesh.is_main and door.slow_on(mesh.device, dtype):
@@ -377,6 +378,7 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
         progress = resume(place.resume, engine, optimizers, loader, store)
     if mesh.is_main:
         write_json(place.run_dir / ARGS_FILE, run.to_json())
+    asked = live.Benchmarks.of(run, source, model, mesh, dtype, place.run_dir)
     log = log_of(run, place.run_dir, loader.total_steps, progress.step, mesh)
     facts = screen.facts(run, source, model, groups, loader, val, place.run_dir, mesh, dtype.itemsize)
     if mesh.is_main:
@@ -389,9 +391,12 @@ def build(run: Run, mesh: Mesh) -> Trainer | None:
         evals=None if val is None else partial(val_loader, run, val, mesh),
         publisher=Publisher(store, log.write, aside is not None),
         log=log,
-        cadence=cadence(run, loader.total_steps, loader.steps_in_epoch(0), has_val=val is not None),
+        cadence=cadence(
+            run, loader.total_steps, loader.steps_in_epoch(0), has_val=val is not None or asked is not None
+        ),
         stage_checkpoint=checkpoint_stager(run, source, model, adaptation, optimizers, mesh, aside),
         progress=progress,
+        benchmarks=asked,
     )
 
 

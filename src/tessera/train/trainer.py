@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,7 +90,10 @@ class Progress:
 
 @dataclass(slots=True)
 class Trainer:
-    """One training run, ready to go; ``stage_checkpoint()(dir)`` writes model and tensors of now, on all ranks."""
+    """One training run, ready to go; ``stage_checkpoint()(dir)`` writes model and tensors of now, on all ranks.
+
+    ``benchmarks(step, beat)`` measures the model as it is, on all ranks; what it returns on rank 0 is logged.
+    """
 
     engine: Engine
     optimizers: Optimizers
@@ -102,6 +105,7 @@ class Trainer:
     stage_checkpoint: Callable[[], Write]
     progress: Progress = field(default_factory=Progress)
     on_first_step: Callable[[], None] = lambda: None
+    benchmarks: Callable[[int, Callable[[], None]], Mapping[str, float]] | None = None
     _signal: int = 0
     _signalled: float = 0.0
 
@@ -204,14 +208,23 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.progress.metric = None
-        if self.evals is None or not self._due(self.cadence.eval_steps):
+        if not self._due(self.cadence.eval_steps):
             return
+        if self.evals is not None:
+            self._evaluate_loss(self.evals())
+        if self.benchmarks is not None:
+            start, step = time.monotonic(), self.progress.step
+            found = self.benchmarks(step, lambda: self.engine.heart.enter("benchmarks"))
+            values: dict[str, float | int | str] = {f"eval_{name}": value for name, value in found.items()}
+            values |= {"eval_runtime": round(time.monotonic() - start, 4), "epoch": round(self.progress.epoch, 6)}
+            self.log.eval(values, step)
+
+    def _evaluate_loss(self, loader: Loader) -> None:
         start = time.monotonic()
         self.engine.heart.enter("eval")
         self.engine.model.eval()
         sums = {"total": 0.0, "weight": 0.0, "correct": 0.0, "count": 0.0}
         samples = 0
-        loader = self.evals()
         with self.log.eval_progress(loader.total_steps) as bar:
             for item in loader:
                 for name, value in evaluate_loss(self.engine, item.batches).items():

@@ -39,6 +39,7 @@ SCRIPTS: Mapping[str, Script] = {
     "sft_qwen20_72b_internvit_6b": multimodal.sft_72b,
     "run_text_generation_yi_34b_internvit_6b": multimodal.generation,
     "run_text_generation_qwen20_72b_internvit_6b": multimodal.generation,
+    **dict.fromkeys(multimodal.JUDGES, multimodal.judged),
 }
 NAMES = tuple(SCRIPTS)
 

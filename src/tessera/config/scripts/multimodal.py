@@ -233,6 +233,38 @@ def generation(words: Sequence[str], setting: Setting) -> Translation:
     return Translation(("megatron", "infer", *preset(flags, ours)))
 
 
+JUDGES: Mapping[str, str] = {
+    "evaluate_coco": "captioning",
+    "evaluate_textvqa": "TextVQA",
+    "evaluate_vqav2": "VQAv2",
+    "evaluate_chartqa": "ChartQA",
+    "evaluate_infovqa": "InfoVQA",
+    "evaluate_spdocvqa": "SPDocVQA",
+    "evaluate_ai2d": "AI2D",
+    "evaluate_ocrbench": "OCRBench",
+    "evaluate_realworldqa": "RealworldQA",
+    "evaluate_mathvista": "MathVista",
+    "evaluate_mmmu": "MMMU",
+}
+"""Scripts that score answers, and the task whose answers they score."""
+
+
+def judged(words: Sequence[str], setting: Setting) -> Translation:
+    """evaluate_*.py: the score of answers that run_text_generation (or tessera infer --task) wrote.
+
+    the script's name                     --task
+    --input-path                          --input_path: a file, the beginning of its name, or its directory
+    --groundtruth-path                    --gt_path (captions, MMMU), if the answers do not hold the truths
+    Flags of ours are taken as they are.
+    """
+    name = re.sub(r"\.py$", "", setting.place.rsplit("/", 1)[-1])
+    held, ours = options(words, ("input_path", "groundtruth_path"), name)
+    required(held, ("input_path",), name)
+    flags = {"input_path": held["input_path"], "task": JUDGES[name]}
+    flags |= {"gt_path": held["groundtruth_path"]} if "groundtruth_path" in held else {}
+    return Translation(("eval", *preset(flags, ours)))
+
+
 def _recipe(flags: Mapping[str, str], words: Sequence[str], setting: Setting) -> Translation:
     processes = {} if "NPROC_PER_NODE" in setting.env else {"nproc_per_node": "8"}
     argv = preset({**flags, **processes}, words, (LENGTHS, DECAYS, WARMUPS))
