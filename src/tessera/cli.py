@@ -31,6 +31,7 @@ ENTRY: Mapping[str, str] = {
     "pt": "tessera.recipes.supervised:main",
     "sft": "tessera.recipes.supervised:main",
     "infer": "tessera.infer.run:main",
+    "deploy": "tessera.infer.serve.run:main",
     "export": "tessera.recipes.export:main",
     "compose": "tessera.recipes.compose:main",
     "data": "tessera.recipes.data:main",

@@ -32,11 +32,12 @@ number of bytes such as ``5GB``; ``json`` is a JSON object or the path of a file
 Dialect = Literal["swift", "megatron"]
 """Whose names and defaults hold: ``tessera VERB`` or ``tessera megatron VERB``."""
 
-TRAIN, USE = ("pt", "sft"), ("infer", "export")
+TRAIN, USE = ("pt", "sft"), ("infer", "deploy", "export")
 VERBS: Mapping[str, str] = {
     "pt": "continue pre-training a model: loss on every token",
     "sft": "fine-tune a model on conversations, with or without images",
     "infer": "run a model or adapter over a dataset, or talk to it",
+    "deploy": "serve a model and its adapters over HTTP, as OpenAI's API",
     "export": "merge an adapter, change the dtype, convert from or to Megatron, push to a hub",
     "compose": "make a new model from the tower of one and the language model of another",
     "data": "show what a dataset becomes; lint, stats, show, convert and prepare datasets",
@@ -53,6 +54,7 @@ ROOMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "log": ("what is shown", TRAIN),
     "parallel": ("on how many processes", TRAIN),
     "infer": ("how answers are generated", ("infer",)),
+    "deploy": ("how a model is served", ("deploy",)),
     "export": ("what leaves the house", ("export",)),
     "convert": ("between Hugging Face and Megatron", ("export",)),
     "short": ("short for other flags", TRAIN),
@@ -71,7 +73,7 @@ class Flag:
     ``megatron`` are further names in ``tessera megatron``; a flag with ``only`` exists in that dialect alone. ``means``
     maps a value to the flags it sets. ``carry`` says when infer and export take the flag from an ``args.json`` unless
     it is given: ``always``, from that of an ``adapter`` only, the ``data`` they were made with under
-    ``--load_data_args true``, or ``never``.
+    ``--load_data_args true``, or ``never``. The value of a ``secret`` is shown and stored nowhere.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Flag:
     only: Dialect | Literal[""] = ""
     means: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     inert: str = ""
+    secret: bool = False
 
     def default_for(self, verb: str, dialect: Dialect = "swift") -> Any:
         """The flag's default under ``verb`` in ``dialect``."""
@@ -152,7 +155,8 @@ DATA = (
       choices=("delete", "left", "right", "split")),
     F("packing", "data", "bool", False, "pack whole rows into units of --packing_length tokens"),
     F("packing_length", "data", "int", None, "tokens of a pack; --max_length if not given", low=1),
-    F("system", "data", "str", None, "system prompt, or a .txt file that holds it", carry="always"),
+    F("system", "data", "str", None, "system prompt, or a .txt file that holds it", carry="always",
+      verbs=(*TRAIN, "infer", "deploy", "data")),
     F("loss_scale", "data", "str", "default", "which turns count: assistant turns, the last of them, or every token",
       choices=("default", "last_round", "all"), defaults={"pt": "all"}),
     F("columns", "data", "json", None, "column names of the dataset mapped to ours, e.g. '{\"question\": \"query\"}'",
@@ -161,7 +165,7 @@ DATA = (
     F("max_skip_ratio", "data", "float", 0.1, "stop when more than this share of the rows is bad", low=0, high=1,
       carry="data"),
     F("image_resize", "data", "str", None, "whose resize to equal, torchvision's or PIL's; the model's if not given",
-      choices=("torch", "pil"), carry="always"),
+      choices=("torch", "pil"), carry="always", verbs=(*TRAIN, "infer", "deploy", "data")),
     F("root_image_dir", "data", "str", None, "where relative image paths start", env="ROOT_IMAGE_DIR", carry="data"),
     F("dataloader_num_workers", "data", "int", None, "threads that decode images; chosen by the machine if not given",
       low=0, megatron=("num_workers",)),
@@ -169,7 +173,7 @@ DATA = (
       "every step is a whole batch: what is left of an epoch begins the next one, what is left at the end is dropped",
       defaults={"megatron": True}),
     F("load_data_args", "data", "bool", False, "take dataset and split from the args.json of the model or adapter",
-      verbs=USE),
+      verbs=("infer", "export")),
 )  # fmt: skip
 
 ADAPT = (
@@ -317,11 +321,16 @@ REST = (
     F("master_port", "parallel", "int", None, "port on the first machine; a free one on a single machine, else 29500",
       env="MASTER_PORT", low=1, high=65535),
     F("max_new_tokens", "infer", "int", None, "most tokens of an answer; what the model has room for if not given",
-      low=1, aliases=("out_seq_length",)),
-    F("temperature", "infer", "float", None, "0 is greedy; the model's generation_config.json if not given", low=0),
-    F("top_k", "infer", "int", None, "sample among this many tokens", low=-1),
-    F("top_p", "infer", "float", None, "sample among tokens of this total probability", low=0, high=1),
-    F("repetition_penalty", "infer", "float", None, "above 1 discourages repetition", low=0),
+      low=1, aliases=("out_seq_length",), verbs=("infer", "deploy")),
+    F("temperature", "infer", "float", None, "0 is greedy; the model's generation_config.json if not given", low=0,
+      verbs=("infer", "deploy")),
+    F("top_k", "infer", "int", None, "sample among this many tokens", low=-1, verbs=("infer", "deploy")),
+    F("top_p", "infer", "float", None, "sample among tokens of this total probability", low=0, high=1,
+      verbs=("infer", "deploy")),
+    F("min_p", "infer", "float", None, "sample among tokens of this share of the most probable one's probability",
+      low=0, high=1, verbs=("infer", "deploy")),
+    F("repetition_penalty", "infer", "float", None, "above 1 discourages repetition", low=0,
+      verbs=("infer", "deploy")),
     F("stream", "infer", "bool", None, "print tokens as they come; true in a conversation if not given"),
     F("max_batch_size", "infer", "int", 8, "rows generated together", low=1),
     F("result_path", "infer", "str", None, "JSON lines of answers; infer_result/<time>.jsonl if not given"),
@@ -338,7 +347,7 @@ REST = (
     F("merge_lora", "export", "bool", False, "write the base model with the adapter added in"),
     F("push_to_hub", "export", "bool", False, "upload the directory"),
     F("hub_model_id", "export", "str", None, "namespace/name on the hub"),
-    F("hub_token", "export", "str", None, "access token; never written to a file"),
+    F("hub_token", "export", "str", None, "access token; never written to a file", secret=True),
     F("hub_private_repo", "export", "bool", False, "create the repository as private"),
     F("to_mcore", "convert", "bool", False, "write a Megatron checkpoint"),
     F("to_hf", "convert", "bool", False, "write a Hugging Face directory from --mcore_model or --mcore_adapters"),
@@ -401,6 +410,37 @@ REST = (
     F("dry_run", "run", "bool", False, "resolve and check everything, print the plan, load no weights"),
 )  # fmt: skip
 
+DEPLOY = (
+    F("infer_backend", "deploy", "str", "tessera", "the engine: tessera's own (also pt, transformers), or another's "
+      "server", choices=("tessera", "pt", "transformers", "vllm", "sglang"), verbs=(*TRAIN, *USE, "data")),
+    F("host", "deploy", "str", "127.0.0.1", "address to listen on; 0.0.0.0 is every one of this machine"),
+    F("port", "deploy", "int", 8000, "port to listen on; the next free one if it is taken", low=1, high=65535),
+    F("api_key", "deploy", "str", None, "what clients must send as bearer token", env="TESSERA_API_KEY", secret=True),
+    F("ssl_keyfile", "deploy", "str", None, "private key for HTTPS (PEM)"),
+    F("ssl_certfile", "deploy", "str", None, "certificate for HTTPS (PEM)"),
+    F("served_model_name", "deploy", "str", None, "what the model is called; the last part of its path if not given"),
+    F("stats_interval", "deploy", "int", 20, "seconds between lines about what is going on; 0 prints none", low=0,
+      aliases=("log_interval",)),
+    F("max_logprobs", "deploy", "int", 20, "most alternatives per token that a request may ask for", low=0, high=20),
+    F("max_model_len", "deploy", "int", None, "most tokens of a prompt and its answer; the model's maximum if not given",
+      low=1, aliases=("vllm_max_model_len", "sglang_context_length")),
+    F("max_num_seqs", "deploy", "int", 64, "answers generated together", low=1,
+      aliases=("vllm_max_num_seqs", "sglang_max_running_requests", "max_batch_size")),
+    F("max_waiting", "deploy", "int", 256, "requests that may wait; a further one is told to come back (429)", low=0),
+    F("limit_mm_per_prompt", "deploy", "json", None, 'most images and videos of a request: \'{"image": 5, "video": 2}\'',
+      aliases=("vllm_limit_mm_per_prompt",)),
+    F("gpu_memory_utilization", "deploy", "float", None, "share of the GPU's memory that vllm or sglang takes", low=0,
+      high=1, aliases=("vllm_gpu_memory_utilization", "sglang_mem_fraction_static")),
+    F("tensor_parallel_size", "deploy", "int", 1, "GPUs that vllm or sglang splits the model over", low=1,
+      aliases=("vllm_tensor_parallel_size", "sglang_tp_size")),
+    F("allowed_media_dir", "deploy", "str", None, "requests may name images below this directory; none if not given",
+      aliases=("allowed_local_media_path",)),
+    F("allowed_media_domains", "deploy", "list", (), "hosts that images may be fetched from; every public one if not "
+      "given, none fetches nothing"),
+    F("max_body_size", "deploy", "size", 32 * 2**20, "largest request, and largest image that is fetched", low=1),
+    F("max_image_pixels", "deploy", "int", 64 * 2**20, "largest image of a request, width times height", low=1),
+)  # fmt: skip
+
 INERT = (
     F("model_type", "inert", "str", inert="the family is read from the model's config.json"),
     F("attn_impl", "inert", "str", choices=("sdpa", "eager", "flash_attn", "flash_attention_2", "flash_attention_3"),
@@ -421,16 +461,23 @@ INERT = (
     F("moe_permute_fusion", "inert", "bool", inert="tokens are sorted by expert in one pass either way"),
     F("check_model", "inert", "bool", inert="every tensor of a checkpoint is accounted for when it is loaded"),
     F("use_hf", "inert", "bool", env="USE_HF", inert="ids are always looked up on the Hugging Face hub"),
-    F("infer_backend", "inert", "str", choices=("pt", "transformers"), inert="the engine is always tessera's own"),
+    F("verbose", "inert", "bool", inert="requests are counted, what they say is never logged", verbs=("deploy",)),
 )  # fmt: skip
 
 MEGATRON = tuple(
     F(name, "inert", kind, only="megatron", inert=reason) for name, kind, reason in accepted.rows()
 )  # fmt: skip
 
-FLAGS: tuple[Flag, ...] = (*MODEL, *DATA, *ADAPT, *TRAINING, *MEMORY, *REST, *INERT, *MEGATRON)
-BY_NAME: Mapping[str, Flag] = {name: flag for flag in FLAGS for name in flag.names("megatron")}
-"""Every spelling of every dialect; :meth:`Flag.names` and :meth:`Flag.belongs_to` say which of them holds where."""
+FLAGS: tuple[Flag, ...] = (*MODEL, *DATA, *ADAPT, *TRAINING, *MEMORY, *REST, *DEPLOY, *INERT, *MEGATRON)
+BY_NAME: Mapping[str, Flag] = {name: flag for flag in reversed(FLAGS) for name in flag.names("megatron")}
+"""Every spelling of every dialect; :meth:`Flag.names` and :meth:`Flag.belongs_to` say which of them holds where. What
+two verbs call by one name is the first row's here; :func:`called` knows both."""
+
+
+def called(name: str, verb: str, dialect: Dialect = "swift") -> Flag | None:
+    """The row that ``name`` may mean, that of ``verb`` if it has one."""
+    mine = (flag for flag in FLAGS if name in flag.names(dialect) and flag.belongs_to(verb, dialect))
+    return next(mine, BY_NAME.get(name))
 
 
 def flags_of(verb: str, dialect: Dialect = "swift") -> Iterator[Flag]:
