@@ -1,0 +1,163 @@
+"""Between the event loop that speaks HTTP and the thread that computes.
+
+The engine tells its events in its own thread; a :class:`Hearing` carries them over into the loop and hands them out in
+order. Whoever stops listening, because the client has gone, cancels what was asked: its rows leave the batch at the
+next step. The :class:`Desk` is also the one place that knows whether the server still takes requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from tessera.infer.engine import Engine, Event, Failed, Finished, Full, Piece, Refused, Request, Ticket
+from tessera.infer.serve.errors import ApiError, bad, dead, ending, full, internal
+from tessera.infer.serve.metrics import Metrics
+
+T = TypeVar("T")
+Receive = Callable[[], Awaitable[Any]]
+_LOOK_S = 2.0
+"""How often a listener without news looks whether the engine is still there."""
+
+
+class Gone(Exception):
+    """The client closed its connection."""
+
+
+class Desk:
+    """Takes requests to ``engine``. ``draining``: it takes no more; ``active`` counts requests that have not ended."""
+
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+        self.engine = engine
+        self.metrics = metrics
+        self.draining = False
+        self.active = 0
+
+    @property
+    def status(self) -> str:
+        """``ok``, ``draining`` or ``dead``."""
+        return "dead" if self.engine.failed is not None else "draining" if self.draining else "ok"
+
+    def admit(self) -> None:
+        """503 if no request can be taken."""
+        if self.engine.failed is not None:
+            raise dead()
+        if self.draining:
+            raise ending()
+
+    def submit(self, requests: Sequence[Request]) -> Hearing:
+        """Hand over ``requests``, all or none: 429 if the queue is full, 400 for what can never be answered."""
+        self.admit()
+        hearing = Hearing(self, requests)
+        try:
+            for place, request in enumerate(requests):
+                hearing.tickets.append(self.engine.submit(request, hearing.listener(place)))
+        except Full:
+            hearing.cancel()
+            raise full() from None
+        except Refused as error:
+            hearing.cancel()
+            raise bad(str(error)) from None
+        return hearing
+
+
+class Hearing:
+    """The events of some requests that were submitted together."""
+
+    def __init__(self, desk: Desk, requests: Sequence[Request]) -> None:
+        self.tickets: list[Ticket] = []
+        self._desk = desk
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._open = sum(request.n for request in requests)
+        self._clock = _Clock(desk.metrics)
+
+    def listener(self, place: int) -> Callable[[Event], None]:
+        """What the engine calls, in its thread, with events of the request at ``place``."""
+
+        def hear(event: Event) -> None:
+            try:
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (place, event))
+            except RuntimeError:  # the loop has ended, and with it everyone who might listen
+                return
+
+        return hear
+
+    def cancel(self) -> None:
+        """End what has not ended; harmless otherwise."""
+        if self._open:
+            self._open = 0
+            for ticket in self.tickets:
+                ticket.cancel()
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """Pieces and ends with the place of their request, until every choice has ended; ApiError if one cannot."""
+        try:
+            while self._open:
+                place, event = await self._next()
+                if isinstance(event, Failed):
+                    raise bad(event.error) if event.bad_request else internal()
+                if isinstance(event, Finished):
+                    if event.reason == "cancelled":
+                        raise ending()
+                    self._open -= 1
+                self._clock.hear(place, event)
+                yield place, event
+        finally:
+            self.cancel()
+
+    async def _next(self) -> tuple[int, Event]:
+        while True:
+            try:
+                return await asyncio.wait_for(self._events.get(), _LOOK_S)
+            except asyncio.TimeoutError:  # the builtin one only since 3.11
+                if self._desk.engine.failed is not None and self._events.empty():
+                    raise dead() from None
+
+
+class _Clock:
+    """Times the pieces of a request for the histograms."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._started = time.perf_counter()
+        self._last: dict[tuple[int, int], float] = {}
+
+    def hear(self, place: int, event: Event) -> None:
+        """Note when ``event`` arrived."""
+        if not isinstance(event, Piece) or not event.tokens:
+            return
+        now, choice = time.perf_counter(), (place, event.choice)
+        before = self._last.get(choice)
+        self._last[choice] = now
+        if before is None:
+            self._metrics.first.observe(now - self._started)
+        else:
+            self._metrics.between.observe((now - before) / len(event.tokens))
+
+
+async def unless_gone(work: Awaitable[T], receive: Receive) -> T:
+    """``work``'s result; if the client leaves before, ``work`` is cancelled and Gone raised."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise Gone
+    finally:
+        watching.cancel()
+        working.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def refusal(error: Exception) -> ApiError:
+    """``error`` as the client is told."""
+    return error if isinstance(error, ApiError) else internal()
