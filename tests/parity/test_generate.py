@@ -16,22 +16,19 @@ from torch import nn
 from tessera.config.resolve import resolve
 from tessera.contract.batch import Batch
 from tessera.infer import run as infer
-from tessera.infer.generate import Answer, Generator, Limits
+from tessera.infer.limits import Limits
 from tessera.infer.results import read_results
 from tessera.infer.sampling import Sampling
+from tessera.infer.session import Answer
 from tessera.recipes import export
 from tests.disk import save_checkpoint
+from tests import prompts
 from tests.parity import reference as ref
 
 IMAGES: list[ref.Sample] = [[5, (1, 4, 6), 7], [3, (1, 8, 8), 4, (1, 4, 4), 6], [9], [2, (1, 10, 12), 11], [4]]
 TEXT: list[ref.Sample] = [[13], [5], [13], [21], [8], [1]]
 CASES = [*((name, IMAGES) for name in ref.VLMS), *((name, TEXT) for name in ref.TEXTS)]
 NEW = 24
-
-
-def answers(model: Any, batch: Batch, sampling: Sampling, stops: set[int], limit: int = NEW) -> list[Answer]:
-    generator = Generator(model, Limits(frozenset(stops), limit, 4096), "cpu")
-    return generator.generate(batch, sampling, seeds=range(100, 100 + len(batch.segments.lengths)))
 
 
 def expected(theirs: nn.Module, config: dict[str, Any], batch: Batch, stops: set[int], **how: Any) -> list[list[int]]:
@@ -66,7 +63,8 @@ def test_greedy_equals_transformers(name: str, samples: list[ref.Sample], penalt
     stops = {2, first[0][5], first[1][9]}
     how = {"repetition_penalty": penalty} if penalty != 1 else {}
 
-    mine = answers(model.eval(), batch, Sampling(repetition_penalty=penalty), stops)
+    limits, sampling = Limits(frozenset(stops), NEW, 4096), Sampling(repetition_penalty=penalty)
+    mine = prompts.answers(model.eval(), config, batch, limits, sampling)
     wanted = expected(theirs, config, batch, stops, **how)
     assert [list(answer.tokens) for answer in mine] == wanted
     assert [answer.stopped for answer in mine] == [len(tokens) < NEW for tokens in wanted]
@@ -78,9 +76,10 @@ def test_a_sampled_answer_does_not_depend_on_its_batch() -> None:
     config = ref.config_of("qwen3")
     model = ref.ours(config).eval()
     sampling = Sampling(1.2, top_k=40, top_p=0.95)
-    together = answers(model, ref.batch_of(config, TEXT), sampling, {2, 7, 30})
+    limits = Limits(frozenset({2, 7, 30}), NEW, 4096)
+    together = prompts.answers(model, config, ref.batch_of(config, TEXT), limits, sampling)
     for rows in range(1, len(TEXT)):
-        fewer = answers(model, ref.batch_of(config, TEXT[:rows]), sampling, {2, 7, 30})
+        fewer = prompts.answers(model, config, ref.batch_of(config, TEXT[:rows]), limits, sampling)
         assert fewer == together[:rows]
 
 
@@ -88,21 +87,11 @@ def test_limits() -> None:
     config = ref.config_of("qwen3")
     model = ref.ours(config).eval()
     batch = ref.batch_of(config, TEXT)
-    assert [len(answer.tokens) for answer in answers(model, batch, Sampling(), set(), limit=3)] == [3] * len(TEXT)
-    tight = Generator(model, Limits(frozenset(), 100, 23), "cpu").generate(batch, Sampling(), seeds=[0] * len(TEXT))
+    short = prompts.answers(model, config, batch, Limits(frozenset(), 3, 4096), Sampling())
+    assert [len(answer.tokens) for answer in short] == [3] * len(TEXT)
+    tight = prompts.answers(model, config, batch, Limits(frozenset(), 100, 23), Sampling())
     assert [len(answer.tokens) for answer in tight] == [23 - length for length in batch.segments.lengths]
     assert not any(answer.stopped for answer in tight)
-
-
-def test_tokens_are_handed_on_as_they_come() -> None:
-    config = ref.config_of("qwen3")
-    seen: list[tuple[int, int | None]] = []
-    generator = Generator(ref.ours(config).eval(), Limits(frozenset({2}), 5, 4096), "cpu")
-    whole = generator.generate(
-        ref.batch_of(config, TEXT[:2]), Sampling(), seeds=[0, 0], on_token=lambda *pair: seen.append(pair)
-    )
-    for row, answer in enumerate(whole):
-        assert tuple(token for owner, token in seen if owner == row) == (*answer.tokens, None)
 
 
 CONVERSATIONS: list[list[tuple[str, list[tuple[int, int]]]]] = [

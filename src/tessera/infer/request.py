@@ -21,7 +21,7 @@ from tessera.config.errors import UserError
 from tessera.data.render import Encoded
 from tessera.data.sample import Sample
 from tessera.infer.constrain import Constraint
-from tessera.infer.sampling import Sampling
+from tessera.infer.sampling import Sampling, TokenLogprob
 
 MAX_CHOICES = 128
 """Most choices of one request."""
@@ -30,11 +30,11 @@ MAX_LOGPROBS = 20
 """Most alternatives whose log-probabilities are told per token."""
 
 
-class Refused(UserError):
+class Refused(UserError):  # noqa: N818 - the name says what happened
     """A request that can never be answered as it is: too long, too many choices, an adapter that is not loaded."""
 
 
-class Full(Exception):
+class Full(Exception):  # noqa: N818
     """No more requests are taken for now: the waiting queue is full."""
 
 
@@ -64,7 +64,7 @@ class Request:
     """
 
     question: Question
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -74,18 +74,6 @@ class Request:
     constraint: Constraint | None = None
     stream: bool = True
     id: str = field(default_factory=_name)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """Log-probability of ``token`` in the model's own distribution: before penalties, temperature and restrictions.
-
-    ``top`` are the most probable tokens in its place with theirs, falling.
-    """
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,8 +33,8 @@ from tessera.data.corpus import Chosen, Skips, select
 from tessera.data.sample import BadRow
 from tessera.data.tables import place_of
 from tessera.infer.chat import Chat
-from tessera.infer.results import RULE, Results, result_file, result_row, shown, summary
 from tessera.infer.request import Question
+from tessera.infer.results import RULE, Results, result_file, result_row, shown, summary
 from tessera.infer.session import Reply, Session
 from tessera.infer.tasks import TaskResults, TaskRows, output_file
 

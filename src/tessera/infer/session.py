@@ -1,10 +1,10 @@
-"""An opened model that answers dataset rows: renderer, pixels, weights, adapter and generator in one place.
+"""An opened model that answers dataset rows: renderer, pixels, weights, adapter and scheduler in one place.
 
 Every front end (a dataset, a conversation, the demo) asks the same way::
 
     session = Session.open(run)
     question = session.question({"messages": [...], "images": [...]}, seed=0)      text and image headers: cheap
-    [reply] = session.answer([question])                                          pixels, prefill, tokens
+    [reply] = session.answer([question])                                          pixels, prompts, tokens
 
 A question goes through the renderer and the resize that training used, so the model sees at inference exactly what
 it has seen before: same template, same system prompt, same pixel limits.
@@ -13,33 +13,37 @@ it has seen before: same template, same system prompt, same pixel limits.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from tessera.adapt import lora, quant
+from tessera.adapt.sharing import attach_shared, share
 from tessera.checkpoint import open as door
 from tessera.config.errors import UserError
 from tessera.config.run import Run
-from tessera.data.collate import Materialised, collate
 from tessera.data.encode import Encoder
 from tessera.data.render import Renderer
 from tessera.data.sample import BadRow
-from tessera.infer.detokenise import Detokeniser
-from tessera.infer.generate import OPEN_ENDED, Answer, Generator, Limits, max_positions, stop_ids
-from tessera.infer.request import Question
-from tessera.infer.sampling import Sampling
+from tessera.infer.constrain import Grammars
+from tessera.infer.limits import OPEN_ENDED, Limits, max_positions, stop_ids
+from tessera.infer.memory import Demand, sizes_for
+from tessera.infer.prompt import Prompt, prompt_from
+from tessera.infer.request import Event, Failed, Finished, Piece, Question, Request
+from tessera.infer.sampling import Allows, Sampling
+from tessera.infer.scheduler import Scheduler, Sizes
 from tessera.models.families import text_config
 from tessera.models.vlm import VLM
 
 DECODERS = 8
-"""Threads that decode the images of one batch."""
+"""Threads that make questions ready: their images are decoded and resized."""
 
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
 """Tokens that end a turn in common chat templates, whatever the configuration calls the end of a document."""
@@ -51,7 +55,6 @@ NOT_OFFERED: Mapping[str, Any] = {
     "num_beam_groups": 1,
     "min_length": 0,
     "min_new_tokens": 0,
-    "min_p": 0,
     "no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1,
     "typical_p": 1,
@@ -66,6 +69,15 @@ NOT_OFFERED: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """The new ``tokens`` of a question, without the one that ended it; ``stopped`` is false if the limit cut it off."""
+
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """The text of an answer and what it was made of."""
 
@@ -73,35 +85,68 @@ class Reply:
     answer: Answer
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request with everything that can be done without the model."""
+
+    request: Request
+    prompt: Prompt
+    grammar: Allows | None
+
+
 class Session:
     """A model that answers; see the module docstring. ``notes`` are what the user should be told once."""
 
-    def __init__(self, source: door.Source, encoder: Encoder, generator: Generator, sampling: Sampling) -> None:
+    def __init__(self, source: door.Source, encoder: Encoder, scheduler: Scheduler, sampling: Sampling) -> None:
         self.source = source
         self.encoder = encoder
-        self.generator = generator
+        self.scheduler = scheduler
         self.sampling = sampling
         self.notes: list[str] = []
+        self._grammars = Grammars(encoder.renderer.tokenizer, scheduler.vocabulary, scheduler.limits.stop_ids)
 
     @classmethod
-    def open(cls, run: Run) -> Session:
-        """Load the model and adapter that ``run`` names, on the GPU if there is one."""
+    def open(
+        cls, run: Run, adapters: Mapping[str, str] | None = None, *, sizes: Callable[[Demand], Sizes] = sizes_for
+    ) -> Session:
+        """Load the model and adapter that ``run`` names, on the GPU if there is one.
+
+        Further ``adapters`` (name to directory) can be chosen per request. ``sizes`` decides how much runs at a time
+        and how much is kept.
+        """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         source = door.describe(run.model)
         module = load(run, source, device)
+        if not isinstance(module, VLM):
+            raise UserError(
+                f"{source.family.name} runs as transformers' own model, which cannot generate here: "
+                "load the exported directory with transformers instead"
+            )
+        models: dict[str | None, VLM] = {None: module}
+        models |= {name: beside(run, source, module, directory) for name, directory in (adapters or {}).items()}
         defaults = door.read_json(source.path / "generation_config.json")
         encoder = encoder_of(run, source)
         limits = _limits(run, source, encoder.renderer, defaults)
-        assert isinstance(module, VLM), f"{source.family.name} has no key-value cache"
-        session = cls(source, encoder, Generator(module, limits, device), Sampling.of(run.infer, defaults))
-        unused = [key for key, neutral in NOT_OFFERED.items() if defaults.get(key, neutral) not in (neutral, None)]
-        if unused:
-            session.notes.append(f"generation_config.json: {', '.join(unused)} not used; tessera does not offer it")
-        if run.infer.max_new_tokens is None:
-            session.notes.append(
-                f"answers end after {limits.max_new_tokens} tokens at the latest; --max_new_tokens sets another limit"
-            )
+        # The two image paths of transformers also round the normalisation differently.
+        normalisation = replace(encoder.geometry.normalisation, fused=encoder.image_resize != "pil")
+        decode = encoder.renderer.decode
+        scheduler = Scheduler(
+            models,
+            limits,
+            encoder.geometry,
+            lambda ids: decode(ids, skip_special_tokens=True),
+            device=device,
+            sizes=sizes(Demand.of(module, limits, device, run.infer.max_batch_size)),
+            normalisation=normalisation,
+        )
+        session = cls(source, encoder, scheduler, Sampling.of(run.infer, defaults))
+        session.notes.extend(_notes(run, limits, defaults))
         return session
+
+    @property
+    def limits(self) -> Limits:
+        """Where answers end."""
+        return self.scheduler.limits
 
     def question(self, row: Mapping[str, Any], *, base: Path | None = None, seed: int = 0) -> Question:
         """``row`` (of any dataset format, with or without an answer) as a question; BadRow says why it is none."""
@@ -114,6 +159,18 @@ class Session:
         prompt = sample if labels is None else replace(sample, messages=sample.messages[:-1])
         return Question(row, prompt, labels, encoded, seed)
 
+    def prepare(self, request: Request) -> Prepared:
+        """Everything about ``request`` that needs no model; may be called from any thread.
+
+        BadRow if an image cannot be read, Refused if the request can never be answered.
+        """
+        encoded = request.question.encoded
+        self.scheduler.room(request, len(encoded.tokens))
+        known = self.scheduler.residents[request.adapter].sights.find
+        prompt = prompt_from(encoded, self.encoder, known, request.adapter)
+        grammar = None if request.constraint is None else self._grammars.of(request.constraint)
+        return Prepared(request, prompt, grammar)
+
     def answer(
         self, questions: Sequence[Question], on_text: Callable[[int, str | None], None] | None = None
     ) -> list[Reply | BadRow]:
@@ -121,55 +178,84 @@ class Session:
 
         ``on_text(index, piece)`` is called as text comes, and with None when the answer to that question has ended.
         """
-        width = self.encoder.patch_width(question.encoded for question in questions)
-        with ThreadPoolExecutor(min(len(questions), DECODERS) or 1) as pool:
-            made = list(
-                pool.map(lambda index: self._materialised(questions[index], index, width), range(len(questions)))
-            )
-        ready = [held for held in made if isinstance(held, Materialised)]
-        replies = iter(self._generate(ready, questions, on_text) if ready else ())
-        return [next(replies) if isinstance(held, Materialised) else held for held in made]
+        asked = [Request(q, self.sampling, seed=q.seed, stream=on_text is not None) for q in questions]
+        replies = Replies({request.id: index for index, request in enumerate(asked)}, on_text)
+        # A few more than run at a time are made ready in advance.
+        ahead = 2 * self.scheduler.sizes.rows
+        coming: deque[tuple[Request, Future[Prepared]]] = deque()
+        line = iter(asked)
+        with ThreadPoolExecutor(min(len(asked), DECODERS) or 1) as pool:
+            try:
+                while True:
+                    for request in islice(line, ahead - len(coming)):
+                        coming.append((request, pool.submit(self.prepare, request)))
+                    self._enter(coming, replies)
+                    if not coming and self.scheduler.idle:
+                        break
+                    replies.hear(self.scheduler.step())
+            finally:
+                for _, future in coming:
+                    future.cancel()
+                for request in asked:  # whatever is left where something was raised
+                    self.scheduler.cancel(request.id)
+                self.scheduler.flush()
+        return replies.all(self.text)
 
-    def text(self, answer: Answer) -> str:
-        """The answer's tokens as text, without special tokens."""
-        return self.encoder.renderer.decode(answer.tokens, skip_special_tokens=True)
+    def text(self, tokens: Sequence[int]) -> str:
+        """Tokens of an answer as text, without special tokens."""
+        return self.encoder.renderer.decode(tokens, skip_special_tokens=True)
 
-    def _materialised(self, question: Question, index: int, width: int) -> Materialised | BadRow:
-        patches = np.empty((question.encoded.patches, width), dtype=np.uint8)
-        try:
-            self.encoder.pixels(question.encoded, patches)
-        except BadRow as error:
-            return error
-        return Materialised(index, question.encoded, patches)
+    def _enter(self, coming: deque[tuple[Request, Future[Prepared]]], replies: Replies) -> None:
+        """Hand what is ready, in order, to the scheduler; wait for the first if it has nothing else to do."""
+        scheduler = self.scheduler
+        while coming and scheduler.waiting < scheduler.sizes.rows and (coming[0][1].done() or scheduler.idle):
+            request, future = coming.popleft()
+            try:
+                made = future.result()
+            except BadRow as error:
+                replies.refused(request.id, error)
+                continue
+            scheduler.add(made.request, made.prompt, made.grammar)
 
-    def _generate(
-        self,
-        ready: Sequence[Materialised],
-        questions: Sequence[Question],
-        on_text: Callable[[int, str | None], None] | None,
-    ) -> list[Reply]:
-        """Replies to those ``questions`` that are ``ready``; a sample id is the place of its question."""
-        geometry = self.encoder.geometry
-        # The two image paths of transformers also round the normalisation differently.
-        normalisation = replace(geometry.normalisation, fused=self.encoder.image_resize != "pil")
-        decode = self.encoder.renderer.decode
-        streams = [Detokeniser(lambda ids: decode(ids, skip_special_tokens=True)) for _ in ready]
 
-        def hand_on(row: int, token: int | None) -> None:
-            assert on_text is not None
-            piece = streams[row].finish() if token is None else streams[row].push(token)
-            if piece:
-                on_text(ready[row].sample_id, piece)
-            if token is None:
-                on_text(ready[row].sample_id, None)
+class Replies:
+    """Gathers the answers to requests with one choice each; ``places`` are their indices by id."""
 
-        answers = self.generator.generate(
-            collate(ready, geometry, normalisation=normalisation),
-            self.sampling,
-            seeds=[questions[row.sample_id].seed for row in ready],
-            on_token=None if on_text is None else hand_on,
-        )
-        return [Reply(self.text(answer), answer) for answer in answers]
+    def __init__(self, places: Mapping[str, int], on_text: Callable[[int, str | None], None] | None) -> None:
+        self._places = places
+        self._on_text = on_text
+        self._tokens: list[list[int]] = [[] for _ in places]
+        self._ends: list[Finished | BadRow | None] = [None] * len(places)
+
+    def hear(self, events: Sequence[Event]) -> None:
+        """Note what has happened; RuntimeError if a request failed, which is nobody's wish."""
+        for event in events:
+            place = self._places[event.request]
+            if isinstance(event, Failed):
+                raise RuntimeError(event.error)
+            if isinstance(event, Piece):
+                self._tokens[place].extend(event.tokens)
+                if self._on_text is not None and event.text:
+                    self._on_text(place, event.text)
+            else:
+                self._ends[place] = event
+                if self._on_text is not None:
+                    self._on_text(place, None)
+
+    def refused(self, request: str, error: BadRow) -> None:
+        """Note that a question cannot be asked."""
+        self._ends[self._places[request]] = error
+
+    def all(self, text: Callable[[Sequence[int]], str]) -> list[Reply | BadRow]:
+        """All answers in order."""
+        out: list[Reply | BadRow] = []
+        for tokens, end in zip(self._tokens, self._ends, strict=True):
+            assert end is not None
+            if isinstance(end, BadRow):
+                out.append(end)
+            else:
+                out.append(Reply(text(tokens), Answer(tuple(tokens), end.prompt_tokens, end.reason == "stop")))
+        return out
 
 
 def load(run: Run, source: door.Source, device: torch.device) -> nn.Module:
@@ -181,11 +267,24 @@ def load(run: Run, source: door.Source, device: torch.device) -> nn.Module:
     module = door.load(source, dtype=dtype, device=device)
     for adapter in run.model.adapters:
         attach(source, module, adapter, quantisation=quant.requested(run.model, run.adapt))
-    for parameter_name, parameter in module.named_parameters():
-        # Modules that were trained whole come back in float32, which plain layers cannot mix with another dtype.
-        if parameter.is_floating_point() and ".lora_" not in parameter_name:
-            parameter.data = parameter.data.to(dtype)
+    _cast(module, dtype)
     return module.requires_grad_(False).eval()
+
+
+def beside(run: Run, source: door.Source, module: VLM, directory: str) -> VLM:
+    """Another model around the weights of ``module``, with the adapter in ``directory``; neither notices the other."""
+    other = share(module)
+    rename = renaming(source, other)
+    attach_shared(other, directory, source.plan.groups, rename=rename)
+    _cast(other, door.compute_dtype(source, run.model.torch_dtype, other.head_weight.device))
+    return other.requires_grad_(False).eval()
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    for name, parameter in module.named_parameters():
+        # Modules that were trained whole come back in float32, which plain layers cannot mix with another dtype.
+        if parameter.is_floating_point() and ".lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
 
 
 def attach(
@@ -224,6 +323,18 @@ def encoder_of(run: Run, source: door.Source) -> Encoder:
         truncation_strategy=run.data.truncation_strategy,
         columns=run.data.columns,
     )
+
+
+def _notes(run: Run, limits: Limits, defaults: Mapping[str, Any]) -> list[str]:
+    notes = []
+    unused = [key for key, neutral in NOT_OFFERED.items() if defaults.get(key, neutral) not in (neutral, None)]
+    if unused:
+        notes.append(f"generation_config.json: {', '.join(unused)} not used; tessera does not offer it")
+    if run.infer.max_new_tokens is None:
+        notes.append(
+            f"answers end after {limits.max_new_tokens} tokens at the latest; --max_new_tokens sets another limit"
+        )
+    return notes
 
 
 def _limits(run: Run, source: door.Source, renderer: Renderer, defaults: Mapping[str, Any]) -> Limits:

@@ -8,8 +8,7 @@ intermediate features of the vision tower are added to the image tokens after th
 Layers live in a ``ModuleDict`` keyed by their global index, so a parameter has the same name however the model is cut.
 Linears are called, never looked into: an adapter may have replaced them.
 
-For generation, :class:`KVCache` holds keys and values in one row per sequence: ``forward`` fills it from a packed
-batch, then ``step`` extends all rows by one token at a time.
+For generation, keys and values go into a cache (``models/cache.py``) on the way, and attention reads them from there.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tessera.contract.batch import Segments, Shard
+from tessera.contract.batch import Shard
 from tessera.contract.memory import ActivationStore
 from tessera.contract.seams import ONE_DEVICE, Seams
 from tessera.models.attention import Layout, attend
+from tessera.models.cache import Pass
 from tessera.models.layers import GatedMLP, Linear, Recomputable, RMSNorm, forgetting
 from tessera.models.moe import MoE, MoEConfig, Routing
 from tessera.models.rope import Angles, Rope, RopeConfig, rotate
@@ -53,85 +53,9 @@ class DecoderConfig:
     moe: MoEConfig | None = None
 
 
-class KVCache:
-    """Keys and values of all layers, ``[rows, capacity, kv_heads, D]`` each, one row per sequence.
-
-    ``lengths`` are the tokens held per row, on the host. Capacity grows by half when it is exhausted.
-    """
-
-    def __init__(self, rows: int, capacity: int) -> None:
-        self.lengths = [0] * rows
-        self.capacity = capacity
-        self._keys: dict[str, Tensor] = {}
-        self._values: dict[str, Tensor] = {}
-        self._slots: Tensor | None = None
-        self._mask: Tensor | None = None
-
-    def fill(self, segments: Segments, order: Tensor | None = None) -> None:
-        """Announce a packed prefill: row ``s`` takes the tokens of segment ``s``, which arrive in ``order`` ``[T]``."""
-        assert len(segments.lengths) == len(self.lengths) and not any(self.lengths)
-        self._reserve(max(segments.lengths))
-        device = segments.cu_seqlens.device
-        starts = [row * self.capacity for row in range(len(self.lengths))]
-        slots = [torch.arange(start, start + n) for start, n in zip(starts, segments.lengths, strict=True)]
-        self._slots = torch.cat(slots).to(device)
-        if order is not None:
-            self._slots = self._slots.index_select(0, order)
-        self.lengths = list(segments.lengths)
-
-    def extend(self, device: torch.device) -> None:
-        """Announce one more token in every row. Call before the layers run."""
-        self._reserve(max(self.lengths) + 1)
-        ends = torch.tensor(self.lengths)
-        self._slots = (torch.arange(len(self.lengths)) * self.capacity + ends).to(device)
-        self.lengths = [length + 1 for length in self.lengths]
-        longest = max(self.lengths)
-        equal = all(length == longest for length in self.lengths)
-        visible = torch.arange(longest) <= ends[:, None]
-        self._mask = None if equal else visible[:, None, None, :].to(device)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these, in this order (sequences that have ended need no further steps)."""
-        chosen = torch.tensor(rows)
-        self.lengths = [self.lengths[row] for row in rows]
-        for store in (self._keys, self._values):
-            for layer, tensor in store.items():
-                store[layer] = tensor.index_select(0, chosen.to(tensor.device))
-
-    def write(self, layer: str, k: Tensor, v: Tensor) -> None:
-        """Store ``k``, ``v`` ``[tokens, kv_heads, D]`` of the announced tokens."""
-        assert self._slots is not None, "fill or extend comes first"
-        for store, new in ((self._keys, k), (self._values, v)):
-            if layer not in store:
-                store[layer] = new.new_zeros(len(self.lengths), self.capacity, *new.shape[1:])
-            store[layer].flatten(0, 1).index_copy_(0, self._slots, new)
-
-    def attend(self, layer: str, q: Tensor) -> Tensor:
-        """``q [rows, heads, D]`` of the newest tokens over everything in their rows, to ``[rows, heads, D]``."""
-        longest = max(self.lengths)
-        keys, values = self._keys[layer][:, :longest], self._values[layer][:, :longest]
-        out = F.scaled_dot_product_attention(
-            q.unsqueeze(2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=self._mask,
-            enable_gqa=q.shape[1] != keys.shape[2],
-        )
-        return out.squeeze(2)
-
-    def _reserve(self, length: int) -> None:
-        if length <= self.capacity:
-            return
-        grown = max(length, self.capacity + self.capacity // 2)
-        for store in (self._keys, self._values):
-            for layer, tensor in store.items():
-                store[layer] = F.pad(tensor, (0, 0, 0, 0, 0, grown - self.capacity))
-        self.capacity = grown
-
-
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What all layers share in one pass: angles, attention layout (None: a cached step), seams, the cache.
+    """What all layers share in one pass: angles, attention layout (None: the cache attends), seams, the cache's part.
 
     ``routing`` collects what the routers of sparse layers do, for those who want to know.
     """
@@ -140,7 +64,7 @@ class Context:
     layout: Layout | None
     seams: Seams = ONE_DEVICE
     shard: Shard | None = None
-    cache: KVCache | None = None
+    cache: Pass | None = None
     routing: Routing | None = None
 
 
@@ -246,7 +170,7 @@ class Decoder(nn.Module):
         deepstack: Sequence[Tensor] = (),
         dest: Tensor | None = None,
         *,
-        cache: KVCache | None = None,
+        cache: Pass | None = None,
         shard: Shard | None = None,
         keys: Sequence[str] | None = None,
         routing: Routing | None = None,

@@ -26,7 +26,8 @@ from tessera.contract.memory import Recompute
 from tessera.contract.model import Head, LossSum, Objective
 from tessera.contract.plan import Plan, matches
 from tessera.models.attention import permuted, plan
-from tessera.models.decoder import Decoder, DecoderConfig, KVCache
+from tessera.models.cache import Pass
+from tessera.models.decoder import Decoder, DecoderConfig
 from tessera.models.layers import Recomputable, RMSNorm
 from tessera.models.moe import Routing
 from tessera.models.tower import Features, Tower
@@ -116,16 +117,31 @@ class VLM(nn.Module):
         head = Head(seams.vocabulary.part(self.head_weight), seams.vocabulary)
         return objective(seams.gather(hidden), head, batch)
 
-    def prefill(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Fill row ``s`` of ``cache`` with segment ``s``; hidden states ``[S, H]`` of each segment's last token."""
-        ends = batch.segments.cu_seqlens[1:].long() - 1
-        return self.run(batch, cache=cache).index_select(0, ends)
+    def extend(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        through: Pass,
+        features: Features | None = None,
+        dest: Tensor | None = None,
+    ) -> Tensor:
+        """``tokens [T]`` at ``positions`` ``[T]`` or ``[3, T]`` into the rows of a cache, to hidden states ``[S, H]``.
 
-    def step(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """One token ``[B]`` more in every row of ``cache``, at ``positions`` ``[B]`` or ``[3, B]``, to ``[B, H]``."""
-        cache.extend(tokens.device)
-        decoder = self.decoder
-        out: Tensor = decoder.norm(decoder.blocks(decoder.embed(tokens), positions, None, cache=cache))
+        ``through`` says which rows of which cache, and whose hidden states are wanted. ``features`` of images land on
+        the tokens ``dest``.
+        """
+        decoder, layout = self.decoder, through.layout
+        x = decoder.embed(tokens)
+        deepstack: tuple[Tensor, ...] = ()
+        if features is not None:
+            assert dest is not None
+            x, deepstack = x.index_copy(0, dest, features.final), features.deepstack
+        if layout is not None and layout.order is not None:
+            assert layout.inverse is not None
+            x, positions = x.index_select(0, layout.order), positions.index_select(-1, layout.order)
+            dest = None if dest is None else layout.inverse.index_select(0, dest)
+        hidden = decoder.blocks(x, positions, layout, deepstack, dest, cache=through)
+        out: Tensor = decoder.norm(hidden if through.last is None else hidden.index_select(0, through.last))
         return out
 
     def set_recompute(self, plan: Plan, *, decoder: Recompute | bool, tower: bool) -> None:
@@ -157,7 +173,6 @@ class VLM(nn.Module):
         keys: Sequence[str] | None = None,
         *,
         last: bool = True,
-        cache: KVCache | None = None,
         routing: Routing | None = None,
     ) -> Tensor:
         """Hidden states ``[T, H]`` of ``batch``, normed if ``last``.
@@ -174,8 +189,6 @@ class VLM(nn.Module):
         x, positions = permuted(x, layout.order, layout.inverse), batch.positions
         if layout.order is not None:
             positions = positions.index_select(-1, layout.order)
-        if cache is not None:
-            cache.fill(batch.segments, layout.order)
         dest: Tensor | None = None
         deepstack: tuple[Tensor, ...] = ()
         trunk, media = self.model, batch.media
@@ -187,7 +200,5 @@ class VLM(nn.Module):
             else:
                 features = features.moved(decoder.seams, media.route)
             x, deepstack = x.index_copy(0, dest, features.final), features.deepstack
-        hidden = decoder.blocks(
-            x, positions, layout, deepstack, dest, cache=cache, shard=shard, keys=keys, routing=routing
-        )
+        hidden = decoder.blocks(x, positions, layout, deepstack, dest, shard=shard, keys=keys, routing=routing)
         return permuted(decoder.norm(hidden) if last else hidden, layout.inverse, layout.order)

@@ -24,7 +24,6 @@ from tessera.contract.batch import Batch, Media
 from tessera.contract.memory import Recompute
 from tessera.contract.model import Head, LossSum, Objective
 from tessera.contract.plan import Plan, matches
-from tessera.models.decoder import KVCache
 from tessera.models.tower import channel_major, normalise
 
 
@@ -54,10 +53,6 @@ class Whole(nn.Module):
         """``objective``'s sums over ``batch``; without one the hidden states ``[T, H]`` after the final norm."""
         hidden = self._hidden(batch)
         return hidden if objective is None else objective(hidden, Head(self.head_weight), batch)
-
-    def prefill(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Refused: generation needs our own decoder's cache."""
-        raise UserError("a model run whole cannot generate here: load the exported directory with transformers instead")
 
     def set_recompute(self, plan: Plan, *, decoder: Recompute | bool, tower: bool) -> None:
         """Recompute activations at the plan's points: of the decoder as told (True: every layer), all of the tower's.

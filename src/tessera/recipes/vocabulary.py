@@ -25,7 +25,7 @@ from tessera.config.errors import UserError
 from tessera.data import render
 from tessera.data.sample import BadRow
 from tessera.data.template import ChatTemplate
-from tessera.infer.generate import stop_ids
+from tessera.infer.limits import stop_ids
 from tessera.models.families.pairing import vision_token_ids
 
 if TYPE_CHECKING:

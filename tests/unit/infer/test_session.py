@@ -14,7 +14,7 @@ from tessera.checkpoint import open as door
 from tessera.config.errors import UserError
 from tessera.config.resolve import resolve, run_of
 from tessera.data.sample import BadRow
-from tessera.infer.generate import max_positions, stop_ids
+from tessera.infer.limits import max_positions, stop_ids
 from tessera.infer.session import Session, load
 from tessera.models.vlm import VLM
 from tests.disk import save_checkpoint
@@ -91,7 +91,7 @@ def test_what_ends_an_answer(base: Path, tmp_path: Path) -> None:
     assert stop_ids({"eos_token_id": [5, 6]}, {"eos_token_id": 7}, {}, {"eos_token_id": None}) == {5, 6, 7}
     assert max_positions({"text_config": {"max_position_embeddings": 99}}) == 99
     assert max_positions({"max_position_embeddings": 98}) == 98
-    limits = opened("--model", str(base)).generator.limits
+    limits = opened("--model", str(base)).limits
     assert limits.stop_ids == {0, 2}
     assert limits.max_positions == 2048
     assert limits.room(2045) == 3
@@ -103,7 +103,7 @@ def test_generation_config_decides_where_no_flag_does(tmp_path: Path) -> None:
     (base / "generation_config.json").write_text(json.dumps(config))
     session = opened("--model", str(base))
     assert str(session.sampling) == "temperature 0.5, top_p 0.9, repetition_penalty 1.1"
-    assert 9 in session.generator.limits.stop_ids
+    assert 9 in session.limits.stop_ids
     assert opened("--model", str(base), "--temperature", "0").sampling.greedy
     assert not session.notes
     (base / "generation_config.json").write_text(json.dumps({"num_beams": 4, "min_length": 0}))

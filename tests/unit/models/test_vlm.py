@@ -15,10 +15,10 @@ from tessera.config.errors import UserError
 from tessera.contract.batch import Batch
 from tessera.contract.memory import Recompute
 from tessera.contract.plan import within
-from tessera.models.decoder import KVCache
+from tessera.models.cache import Budget, KVCache
 from tessera.models.families import FAMILIES, family_of
 from tessera.models.init import DECODER
-from tessera.models.vlm import VLM
+from tessera.models.vlm import VLM, Trunk
 from tests.parity import reference as ref
 
 SAMPLES: list[ref.Sample] = [[5, (1, 4, 6), 7], [9], [3, (1, 8, 8), 4, (1, 4, 4), 6], [4]]
@@ -224,17 +224,23 @@ def test_cache_steps_equal_the_packed_forward(name: str) -> None:
     if media is not None and full.media is not None:
         media = replace(media, patches=full.media.patches)
     prompts = replace(prompts, tokens=tokens, positions=full.positions[..., torch.cat(keep)], media=media)
-    rows = list(range(len(longer)))
+    lengths = prompts.segments.lengths
+    config_ = model.decoder.config
+    cache = KVCache(config_.layers, config_.kv_heads, config_.head_dim, model.head_weight, Budget(10**6))
     with torch.no_grad():
         hidden = model(full)
-        cache = KVCache(len(rows), 8)
-        torch.testing.assert_close(model.prefill(prompts, cache), hidden[ends - 1], rtol=1e-4, atol=1e-5)
+        rows = [cache.join(length) for length in lengths]
+        features = model.model.look(media, torch.float32) if media is not None and isinstance(model.model, Trunk) else None
+        through = cache.filling(list(zip(rows, lengths, strict=True)))
+        dest = None if media is None else media.dest
+        first = model.extend(prompts.tokens, prompts.positions, through, features, dest)
+        torch.testing.assert_close(first, hidden[ends - 1], rtol=1e-4, atol=1e-5)
         for step in range(3):
             if step == 1:
-                rows = [0, 3, 2]
-                cache.keep(rows)
-            where = ends[rows] + step
-            out = model.step(full.tokens[where], full.positions[..., where], cache)
+                cache.leave(rows[1])
+            stepping = cache.stepping()
+            where = torch.tensor([int(ends[rows.index(row)]) for row in stepping.rows]) + step
+            out = model.extend(full.tokens[where], full.positions[..., where], stepping)
             torch.testing.assert_close(out, hidden[where], rtol=1e-4, atol=1e-5)
 
 
