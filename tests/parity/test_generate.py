@@ -19,10 +19,9 @@ from tessera.infer import run as infer
 from tessera.infer.limits import Limits
 from tessera.infer.results import read_results
 from tessera.infer.sampling import Sampling
-from tessera.infer.session import Answer
 from tessera.recipes import export
-from tests.disk import save_checkpoint
 from tests import prompts
+from tests.disk import save_checkpoint
 from tests.parity import reference as ref
 
 IMAGES: list[ref.Sample] = [[5, (1, 4, 6), 7], [3, (1, 8, 8), 4, (1, 4, 4), 6], [9], [2, (1, 10, 12), 11], [4]]

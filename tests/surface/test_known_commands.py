@@ -104,7 +104,7 @@ def test_a_scheduler_that_counts_machines(tmp_path: Path) -> None:
 
 DEPLOY = (
     "deploy --model /path/to/stage2_checkpoint --infer_backend vllm --gpu_memory_utilization 0.9 --max_model_len 8192"
-    " --max_new_tokens 2048 --limit_mm_per_prompt '{\"image\": 5, \"video\": 2}' --served_model_name Qwen3-VL"
+    ' --max_new_tokens 2048 --limit_mm_per_prompt \'{"image": 5, "video": 2}\' --served_model_name Qwen3-VL'
 )
 VARIABLES = {"MAX_PIXELS": "1003520", "VIDEO_MAX_PIXELS": "50176", "FPS_MAX_FRAMES": "12", "CUDA_VISIBLE_DEVICES": "0"}
 

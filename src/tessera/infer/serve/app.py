@@ -144,7 +144,12 @@ class Service:
         return self.served.named(asked.model)
 
     def _request(
-        self, asked: wire.Settings, question: Question, adapter: str | None, otherwise: int, constraint: Constraint | None
+        self,
+        asked: wire.Settings,
+        question: Question,
+        adapter: str | None,
+        otherwise: int,
+        constraint: Constraint | None,
     ) -> Request:
         given = asked.model_dump(
             include={"temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
@@ -257,7 +262,9 @@ def _facts(app: FastAPI, service: Service) -> None:
         """The same."""
         return await health()
 
-    @app.get("/metrics", tags=["server"], response_class=Response, responses={200: {"content": {"text/plain": {}}}, **ERRORS})
+    @app.get(
+        "/metrics", tags=["server"], response_class=Response, responses={200: {"content": {"text/plain": {}}}, **ERRORS}
+    )
     async def metrics() -> Response:
         """Numbers for Prometheus."""
         return Response(desk.metrics.page(), media_type=CONTENT_TYPE)

@@ -167,4 +167,3 @@ def _program(name: str) -> list[str] | None:
 
 def _module(package: str, module: str) -> list[str] | None:
     return [sys.executable, "-m", module] if importlib.util.find_spec(package) is not None else None
-

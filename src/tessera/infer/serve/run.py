@@ -22,7 +22,7 @@ from tessera.checkpoint import open as door
 from tessera.config.errors import UserError
 from tessera.config.run import Run
 from tessera.config.serving import named
-from tessera.infer.generate import OPEN_ENDED, max_positions
+from tessera.infer.limits import OPEN_ENDED, max_positions
 from tessera.infer.serve import backends
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ async def _serve(
     """Answer until a signal; whether what was asked until then has been answered."""
     import uvicorn
 
-    from tessera.infer.serve.app import Service, make_app
+    from tessera.infer.serve.app import make_app
     from tessera.infer.serve.desk import Desk
     from tessera.infer.serve.gate import Gate
     from tessera.infer.serve.metrics import Metrics, Summary
