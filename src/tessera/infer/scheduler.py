@@ -179,6 +179,7 @@ class Scheduler:
         room = self.room(request, len(prompt))
         self._waiting.append(Waiting(request, prompt, room, size_class(len(prompt) + room), grammar))
 
+    @torch.inference_mode()
     def cancel(self, request: str) -> None:
         """End the request with this id, if there is one; its choices finish as ``cancelled``."""
         for entry in [entry for entry in self._waiting if entry.request.id == request]:
