@@ -426,7 +426,7 @@ DEPLOY = (
       low=1, aliases=("vllm_max_model_len", "sglang_context_length")),
     F("max_num_seqs", "deploy", "int", 64, "answers generated together", low=1,
       aliases=("vllm_max_num_seqs", "sglang_max_running_requests", "max_batch_size")),
-    F("max_waiting", "deploy", "int", 256, "requests that may wait; further ones are told to come back", low=0),
+    F("max_waiting", "deploy", "int", 256, "requests that may wait; further ones are told to come back", low=1),
     F("limit_mm_per_prompt", "deploy", "json", None, 'most media of a request, e.g. \'{"image": 5, "video": 2}\'',
       aliases=("vllm_limit_mm_per_prompt",)),
     F("gpu_memory_utilization", "deploy", "float", None, "share of the GPU's memory that vllm or sglang takes", low=0,

@@ -228,7 +228,7 @@ def test_sharding_from_a_deepspeed_file(tmp_path: Path) -> None:
         ("export --model a --merge_lora true", "--merge_lora true needs --adapters DIR"),
         (
             "infer --model a --infer_backend vllm",
-            "--infer_backend vllm: allowed are tessera, pt, transformers; tessera deploy serves with vllm",
+            "--infer_backend vllm: allowed are tessera, pt, transformers; tessera dep",
         ),
         ("megatron sft", "tessera megatron sft: --load is required"),
         ("megatron rlhf", "tessera megatron rlhf: not in this version; there are sft, pt, infer, export, run_mcore"),

@@ -230,7 +230,9 @@ def test_cache_steps_equal_the_packed_forward(name: str) -> None:
     with torch.no_grad():
         hidden = model(full)
         rows = [cache.join(length) for length in lengths]
-        features = model.model.look(media, torch.float32) if media is not None and isinstance(model.model, Trunk) else None
+        features = (
+            model.model.look(media, torch.float32) if media is not None and isinstance(model.model, Trunk) else None
+        )
         through = cache.filling(list(zip(rows, lengths, strict=True)))
         dest = None if media is None else media.dest
         first = model.extend(prompts.tokens, prompts.positions, through, features, dest)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from tessera.infer.engine import Engine, Event, Failed, Finished, Full, Piece, Refused, Request, Ticket
@@ -22,7 +22,7 @@ _LOOK_S = 2.0
 """How often a listener without news looks whether the engine is still there."""
 
 
-class Gone(Exception):
+class Gone(Exception):  # noqa: N818 - it says what happened
     """The client closed its connection."""
 
 
@@ -60,6 +60,9 @@ class Desk:
         except Refused as error:
             hearing.cancel()
             raise bad(str(error)) from None
+        except RuntimeError:  # it died or began to close between the look and the leap
+            hearing.cancel()
+            raise (dead() if self.engine.failed is not None else ending()) from None
         return hearing
 
 
@@ -92,12 +95,14 @@ class Hearing:
             for ticket in self.tickets:
                 ticket.cancel()
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """Pieces and ends with the place of their request, until every choice has ended; ApiError if one cannot."""
         try:
             while self._open:
                 place, event = await self._next()
                 if isinstance(event, Failed):
+                    if self._desk.engine.failed is not None:
+                        raise dead()
                     raise bad(event.error) if event.bad_request else internal()
                 if isinstance(event, Finished):
                     if event.reason == "cancelled":

@@ -35,7 +35,7 @@ _NOT_PUBLIC = tuple(
 _UNICAST = ipaddress.ip_network("2000::/3")
 
 
-class Unfetched(Exception):
+class Unfetched(Exception):  # noqa: N818 - it says what happened
     """Why a URL was not fetched, in words for the client."""
 
 

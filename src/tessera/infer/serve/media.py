@@ -1,7 +1,7 @@
 """Images of requests, from wherever a request says they are, to bytes that are safe to decode.
 
-A reference is a ``data:`` URI, an ``http(s)`` URL (:mod:`tessera.infer.serve.fetch`), or a path or ``file://`` URL below
-the one directory that the operator opened, if any: symbolic links are followed before it is judged where a path leads.
+A reference is a ``data:`` URI, an ``http(s)`` URL (fetch.py), or a path or ``file://`` URL below the one directory
+that the operator opened, if any: symbolic links are followed before it is judged where a path leads.
 What comes out has been looked at but not decoded: it is one of a few formats, and its header promises no more pixels
 than allowed. A file of a few kilobytes may well promise sixteen gigabytes.
 """
@@ -68,12 +68,12 @@ class Library:
         return data
 
     def frames(self, reference: str) -> Sequence[str]:
-        """The frames of a video in a URI ``data:video/jpeg;base64,`` whose images are joined by commas, as data URIs."""
+        """The frames, as data URIs, of a ``data:video/jpeg;base64,`` URI whose images are joined by commas."""
         head = _DATA.match(reference[:_HEAD])
         if head is None or (head["kind"] or "").lower() not in ("video/jpeg", "video/png"):
             raise BadMedia(
-                "video files are not decoded: send the frames, as a list of images in a part of type video or joined by "
-                "commas in a data:video/jpeg;base64 URI"
+                "video files are not decoded: send the frames, as a list of images in a part of type video or joined "
+                "by commas in a data:video/jpeg;base64 URI"
             )
         kind = (head["kind"] or "").lower().replace("video", "image")
         return [f"data:{kind};base64,{body}" for body in reference[head.end() :].split(",")]

@@ -52,7 +52,7 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-"""Fields that other servers honour and this one does not, each with the values that ask for nothing (None always does)."""
+"""Fields that other servers honour and this one does not, each with the values that ask for nothing (as None does)."""
 
 SILENT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"})
 """Fields about the account of the client, which change no answer anywhere."""
