@@ -422,7 +422,7 @@ DEPLOY = (
     F("stats_interval", "deploy", "int", 20, "seconds between lines about what is going on; 0 prints none", low=0,
       aliases=("log_interval",)),
     F("max_logprobs", "deploy", "int", 20, "most alternatives per token that a request may ask for", low=0, high=20),
-    F("max_model_len", "deploy", "int", None, "most tokens of a prompt and its answer; what the model takes if not given",
+    F("max_model_len", "deploy", "int", None, "most tokens of a prompt and its answer; the model's own if not given",
       low=1, aliases=("vllm_max_model_len", "sglang_context_length")),
     F("max_num_seqs", "deploy", "int", 64, "answers generated together", low=1,
       aliases=("vllm_max_num_seqs", "sglang_max_running_requests", "max_batch_size")),

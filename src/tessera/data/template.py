@@ -155,9 +155,8 @@ class ChatTemplate:
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), variables: Mapping[str, Any] = NOTHING
     ) -> list[Piece]:
         """The conversation as text, cut where answers begin and end."""
-        plain = (
-            not tools and not variables and all(len(message) == 2 for message in messages)
-        )  # role and content, nothing else
+        # Messages of role and content, nothing else.
+        plain = not tools and not variables and all(len(message) == 2 for message in messages)
         skeleton = self._skeleton(tuple(message["role"] for message in messages)) if plain else None
         if skeleton is None:
             return _cut(*self.spans(messages, tools, variables))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from tessera.infer.serve import protocol as wire
 from tessera.infer.serve import replies
 from tessera.infer.serve.answers import ChatWriter, TextWriter, Vocabulary, Writer
 from tessera.infer.serve.asking import Asker, Outline, Reference, outline
-from tessera.infer.serve.desk import Desk, Gone, Hearing, refusal, unless_gone
+from tessera.infer.serve.desk import Desk, Gone, Hearing, Presence, refusal
 from tessera.infer.serve.errors import ApiError, bad
 from tessera.infer.serve.media import BadMedia, Library
 from tessera.infer.serve.metrics import CONTENT_TYPE
@@ -288,19 +288,23 @@ async def _answered(
         writer, requests = await prepare()
         return writer, service.desk.submit(requests), requests[0].n
 
-    ignored, hearing = _ignored(asked), None
+    ignored, hearing, presence = _ignored(asked, service.asker.variables), None, Presence(http.receive)
     headers = {"Warning": f'299 tessera "ignored: {", ".join(ignored)}"'} if ignored else {}
+    response: Response | None = None
     try:
-        writer, hearing, each = await unless_gone(begin(), http.receive)
+        writer, hearing, each = await presence.unless_gone(begin())
         if not asked.stream:
-            return JSONResponse(await unless_gone(_whole(writer, hearing, each), http.receive), headers=headers)
+            return JSONResponse(await presence.unless_gone(_whole(writer, hearing, each)), headers=headers)
         events = _chunks(writer, hearing, each)
-        first = await unless_gone(anext(events), http.receive)
+        response = EventStream(await presence.unless_gone(anext(events)), events, presence, headers)
+        return response
     except Gone:
         if hearing is not None:
             hearing.cancel()
         return Response(status_code=499)  # nobody reads it
-    return EventStream(first, events, headers)
+    finally:
+        if response is None:
+            presence.close()
 
 
 async def _whole(writer: Writer, hearing: Hearing, each: int) -> dict[str, Any]:
@@ -310,7 +314,7 @@ async def _whole(writer: Writer, hearing: Hearing, each: int) -> dict[str, Any]:
     return writer.whole()
 
 
-async def _chunks(writer: Writer, hearing: Hearing, each: int) -> AsyncIterator[dict[str, Any]]:
+async def _chunks(writer: Writer, hearing: Hearing, each: int) -> AsyncGenerator[dict[str, Any], None]:
     """The chunks of a stream; the first only when the engine has begun to answer."""
     opening: list[dict[str, Any]] | None = writer.opening()
     async with aclosing(hearing.events()) as events:
@@ -326,19 +330,23 @@ async def _chunks(writer: Writer, hearing: Hearing, each: int) -> AsyncIterator[
 class EventStream(Response):
     """Server-sent events; ends ``chunks`` as soon as the client leaves."""
 
-    def __init__(self, first: Any, chunks: Any, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, first: Any, chunks: AsyncGenerator[dict[str, Any], None], presence: Presence, headers: Mapping[str, str]
+    ) -> None:
         super().__init__(headers={**headers, "Cache-Control": "no-store"}, media_type="text/event-stream")
         del self.headers["content-length"]
-        self._first, self._chunks = first, chunks
+        self._first, self._chunks, self._presence = first, chunks, presence
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the events."""
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self._chunks):
             try:
-                await unless_gone(self._send(send), receive)
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await self._presence.unless_gone(self._send(send))
             except Gone:
                 return
+            finally:
+                self._presence.close()
 
     async def _send(self, send: Any) -> None:
         async def event(text: str) -> None:
@@ -395,12 +403,13 @@ def _prompts(prompt: str | list[Any]) -> list[Any]:
     return prompt
 
 
-def _ignored(asked: wire.Settings) -> list[str]:
-    """Names of fields that mean nothing here, fit for a header."""
+def _ignored(asked: wire.Settings, variables: Collection[str]) -> list[str]:
+    """Names of fields that mean nothing here, fit for a header; ``variables`` mean something to the template."""
     names = [*asked.unknown()]
     if isinstance(asked, wire.ChatRequest):
         names += [f"messages.{name}" for message in asked.messages for name in message.unknown()]
-    return [quote(name[:64], safe=" []{}") for name in dict.fromkeys(names)][:20]
+        names += [f"chat_template_kwargs.{name}" for name in asked.chat_template_kwargs or () if name not in variables]
+    return [quote(name[:64], safe=" []{}", errors="replace") for name in dict.fromkeys(names)][:20]
 
 
 async def _failed(http: HttpRequest, error: Exception) -> Response:
@@ -419,17 +428,22 @@ async def _http(http: HttpRequest, error: Exception) -> Response:
 async def _invalid(http: HttpRequest, error: Exception) -> Response:
     """400 for a request whose fields are wrong; the values themselves are not repeated."""
     assert isinstance(error, RequestValidationError)
-    found = error.errors()
+    places = [(_place(one, error.body), one) for one in error.errors()]
     # Of the ways in which a union may fail, the one that got furthest is what was meant.
-    deepest = max(found, key=lambda one: len(one["loc"]))
-    place = [str(part) for part in deepest["loc"][1:] if _is_field(part)]
-    param = ".".join(place) or None
-    message = "the request is not valid JSON" if deepest["type"] == "json_invalid" else deepest["msg"]
-    text = f"{param}: {message}" if param and deepest["type"] != "json_invalid" else message
-    told = bad(text[:500], None if deepest["type"] == "json_invalid" else param)
-    return JSONResponse(told.body, told.status)
+    place, found = max(places, key=lambda pair: (len(pair[0]), not pair[1]["type"].endswith("_type")))
+    if found["type"] == "json_invalid" or not place:
+        return JSONResponse(bad("the request must be a JSON object, sent as application/json").body, 400)
+    param = ".".join(place)
+    return JSONResponse(bad(f"{param}: {found['msg']}"[:500], param).body, 400)
 
 
-def _is_field(part: str | int) -> bool:
-    """Whether a part of a location names a field or place, and not a member of a union."""
-    return isinstance(part, int) or (part.replace("_", "").islower() and part not in ("str", "int", "text"))
+def _place(error: Mapping[str, Any], body: Any) -> list[str]:
+    """The fields and indices of an error's location, without the names of union members in between."""
+    parts, place, at = list(error["loc"][1:]), [], body
+    for number, part in enumerate(parts):
+        inside = part in at if isinstance(at, dict) else isinstance(at, list) and isinstance(part, int)
+        if inside:
+            at = at[part]
+        if inside or (error["type"] == "missing" and number == len(parts) - 1):
+            place.append(str(part))
+    return place

@@ -159,8 +159,6 @@ class Asker:
         """The question of a bare text, or of its tokens, that is to be continued."""
         renderer = self._encoder.renderer
         if isinstance(prompt, str):
-            if not _encodable(prompt):
-                raise bad("prompt holds text that is not valid Unicode", "prompt")
             ids = list(renderer.tokenizer.encode(prompt).ids)
         else:
             ids = list(prompt)
@@ -206,11 +204,3 @@ class Asker:
                 param,
                 "context_length_exceeded",
             )
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

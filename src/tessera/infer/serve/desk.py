@@ -75,7 +75,7 @@ class Hearing:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open = sum(request.n for request in requests)
-        self._clock = _Clock(desk.metrics)
+        self._clock = _Clock(desk.metrics) if all(request.stream for request in requests) else None
 
     def listener(self, place: int) -> Callable[[Event], None]:
         """What the engine calls, in its thread, with events of the request at ``place``."""
@@ -108,7 +108,8 @@ class Hearing:
                     if event.reason == "cancelled":
                         raise ending()
                     self._open -= 1
-                self._clock.hear(place, event)
+                if self._clock is not None:
+                    self._clock.hear(place, event)
                 yield place, event
         finally:
             self.cancel()
@@ -123,7 +124,7 @@ class Hearing:
 
 
 class _Clock:
-    """Times the pieces of a request for the histograms."""
+    """Times the pieces of a stream for the histograms; an answer in one piece has no first token."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -143,19 +144,27 @@ class _Clock:
             self._metrics.between.observe((now - before) / len(event.tokens))
 
 
-async def unless_gone(work: Awaitable[T], receive: Receive) -> T:
-    """``work``'s result; if the client leaves before, ``work`` is cancelled and Gone raised."""
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_left(receive))
-    try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise Gone
-    finally:
-        watching.cancel()
-        working.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+class Presence:
+    """Whether the client of one request is still there; ``close`` when it has been answered."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._leaving = asyncio.ensure_future(_left(receive))
+
+    async def unless_gone(self, work: Awaitable[T]) -> T:
+        """``work``'s result; if the client leaves before, ``work`` is cancelled and Gone raised."""
+        working = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({working, self._leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            raise Gone
+        finally:
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._leaving.cancel()
 
 
 async def _left(receive: Receive) -> None:

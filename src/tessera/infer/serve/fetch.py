@@ -168,19 +168,22 @@ class _Pinned(http.client.HTTPConnection):
         self._address = address
         self._context = context
         self._deadline = deadline
+        self._held: socket.socket | None = None
 
     def connect(self) -> None:
         left = max(0.01, self._deadline - time.monotonic())
         self.sock = socket.create_connection((self._address, self.port), left)
+        self._held = self.sock  # a response that ends with its connection takes ``sock`` away
         if self._context is not None:
-            self.sock = self._context.wrap_socket(self.sock, server_hostname=self.host)
+            secure = self._context.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+            self.sock = self._held = secure
+            secure.do_handshake()
 
     def abort(self) -> None:
         """End whatever another thread is waiting for."""
-        sock = self.sock
-        if sock is not None:
+        if self._held is not None:
             try:
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+                socket.socket.shutdown(self._held, socket.SHUT_RDWR)  # not TLS's own, which waits for the other side
             except OSError:  # it has ended by itself
                 return
 

@@ -102,6 +102,7 @@ class Gate:
                 chunks = await asyncio.wait_for(_collected(receive, self._max_body), BODY_S)
                 if chunks is None or isinstance(chunks, bytes):
                     return chunks
+                too_long = True
             # What is still on its way is read and dropped, so that the client gets to read the answer.
             await asyncio.wait_for(_collected(receive, 4 * self._max_body, keep=False), _LINGER_S)
         except asyncio.TimeoutError:

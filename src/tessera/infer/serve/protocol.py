@@ -61,12 +61,14 @@ SILENT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "servic
 def _plain(value: Any) -> Any:
     """``value`` if it is text that can be encoded throughout; half of a surrogate pair cannot."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
     except (UnicodeEncodeError, RecursionError):
         raise ValueError("holds text that is not valid Unicode") from None
     return value
 
 
+Text = Annotated[str, AfterValidator(_plain)]
+Name = Annotated[str, Field(min_length=1), AfterValidator(_plain)]
 Object = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
@@ -84,13 +86,13 @@ class TextPart(Wire):
     """Text."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Url(Wire):
     """Where an image is: a data URI, an http(s) URL, or a path below the server's media directory."""
 
-    url: str = Field(min_length=1)
+    url: Text
     detail: str | None = None
 
 
@@ -98,28 +100,28 @@ class ImageUrlPart(Wire):
     """An image as OpenAI writes it."""
 
     type: Literal["image_url"]
-    image_url: Url | str
+    image_url: Url | Text
 
 
 class ImagePart(Wire):
     """An image, in short."""
 
     type: Literal["image"]
-    image: str = Field(min_length=1)
+    image: Text
 
 
 class VideoUrlPart(Wire):
     """A video whose frames are joined by commas in a data:video/jpeg;base64 URI."""
 
     type: Literal["video_url"]
-    video_url: Url | str
+    video_url: Url | Text
 
 
 class VideoPart(Wire):
     """A video as a list of frames, each given like an image."""
 
     type: Literal["video"]
-    video: list[str] = Field(min_length=1)
+    video: list[Text] = Field(min_length=1)
     fps: float | None = Field(None, gt=0, le=1000)
 
 
@@ -129,8 +131,8 @@ Part = Annotated[TextPart | ImageUrlPart | ImagePart | VideoUrlPart | VideoPart,
 class CalledFunction(Wire):
     """The name of a called function and its arguments as JSON text."""
 
-    name: str = Field(min_length=1)
-    arguments: str
+    name: Name
+    arguments: Text
 
 
 class ToolCall(Wire):
@@ -145,7 +147,7 @@ class Message(Wire):
     """One turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: Text | list[Part] | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
@@ -154,7 +156,7 @@ class Function(Wire):
     """A function the model may call; ``parameters`` is a JSON schema."""
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
-    description: str | None = None
+    description: Text | None = None
     parameters: Object | None = None
     strict: bool | None = None
 
@@ -169,7 +171,7 @@ class Tool(Wire):
 class FunctionName(Wire):
     """A function by its name."""
 
-    name: str
+    name: Text
 
 
 class NamedTool(Wire):
@@ -217,13 +219,13 @@ class StreamOptions(Wire):
     include_usage: bool | None = None
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_plain)]
 
 
 class Settings(Wire):
     """What both routes share."""
 
-    model: str | None = Field(None, description="which of /v1/models; the first if not given")
+    model: Text | None = Field(None, description="which of /v1/models; the first if not given")
     max_tokens: int | None = Field(None, ge=1, le=2**31)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -260,8 +262,7 @@ class Settings(Wire):
 
     def consistent(self) -> None:
         """400 for fields that are not offered, or do not go together."""
-        for name in self.unknown():
-            value = (self.model_extra or {})[name]
+        for name, value in (self.model_extra or {}).items():
             if name in REFUSED and value is not None and value not in REFUSED[name]:
                 raise bad(f"{name} is not supported by this server", name, "unsupported_parameter")
         if self.stream_options is not None and not self.stream:
@@ -311,7 +312,7 @@ class ChatRequest(Settings):
 class CompletionRequest(Settings):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | list[Text] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
 
     @property

@@ -251,7 +251,7 @@ async def _tell(summary: Any, interval: int) -> None:
             print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
-class _Discreet(logging.Formatter):
+class Discreet(logging.Formatter):
     """Log lines that never hold what a request said: of an exception, its kind and where it came from."""
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
@@ -263,7 +263,7 @@ class _Discreet(logging.Formatter):
 
 def _log_discreetly() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Discreet("%(levelname)s: %(message)s"))
+    handler.setFormatter(Discreet("%(levelname)s: %(message)s"))
     logger = logging.getLogger("uvicorn.error")
     logger.handlers[:] = [handler]
     logger.propagate = False
