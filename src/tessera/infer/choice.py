@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from tessera.infer.detokenise import Detokeniser, StopTexts
+from tessera.infer.detokenise import StopTexts, Stream
 from tessera.infer.limits import Limits
 from tessera.infer.request import Event, Finished, Piece, Request
 from tessera.infer.sampling import Chosen, Draws, TokenLogprob
@@ -20,7 +20,7 @@ class Choice:
     ends.
     """
 
-    def __init__(self, request: Request, index: int, draws: Draws, room: int, decode: Decode) -> None:
+    def __init__(self, request: Request, index: int, draws: Draws, room: int, decode: Decode, stream: Stream) -> None:
         self.request = request
         self.index = index
         self.draws = draws
@@ -33,7 +33,7 @@ class Choice:
         self._decode = decode
         # Without stops and without a listener in between, the text is made once, at the end.
         self._whole = not request.stream and not request.stop
-        self._stream = Detokeniser(decode)
+        self._stream = stream
         self._stops = StopTexts(request.stop)
         self._text: list[str] = []
         self._told = 0

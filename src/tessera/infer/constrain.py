@@ -19,6 +19,9 @@ from tessera.config.errors import UserError
 from tessera.infer.sampling import Allows
 
 KINDS = ("json_schema", "json_object", "regex")
+WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
+"""Between the parts of a JSON text: enough to indent, but not for ever."""
+
 _REMEMBERED = 64
 
 
@@ -84,7 +87,7 @@ def _matcher(tokens: Any, constraint: Constraint) -> Any:
     elif constraint.kind in ("json_schema", "json_object"):
         try:
             schema = json.loads(constraint.text) if constraint.kind == "json_schema" else {"type": "object"}
-            grammar = matching.grammar_from_json_schema(schema)
+            grammar = matching.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE})
         except (ValueError, TypeError) as error:
             raise BadConstraint(f"not a JSON schema: {error}") from None
     else:

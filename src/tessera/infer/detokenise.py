@@ -1,9 +1,10 @@
 """Text that appears while it is being generated, up to where it is told to stop.
 
-Tokens of a byte-level vocabulary need not end where characters end: an emoji may be spread over four tokens. Decoding
-them one by one would print replacement characters, so the newest tokens are held back until their text no longer ends
-in the middle of a character. Each step decodes only a short window, the tokens whose text was printed last (they
-decide about a leading space) and the new ones::
+Tokens need not end where characters end: an emoji may be spread over four. The tokens of a byte-level vocabulary are
+bytes, which Python's incremental decoder turns into text (:class:`Spelled`). Of other vocabularies (:class:`Detokeniser`)
+one only knows what a list of tokens decodes to. Text that ends in replacement characters is then held back until a
+whole character follows, and each step decodes only a short window, the tokens whose text was printed last (they decide
+about a leading space) and the new ones::
 
     ids      ... | window: printed last | new
     text           before               | before + delta     print delta
@@ -11,11 +12,82 @@ decide about a leading space) and the new ones::
 
 from __future__ import annotations
 
+import codecs
+import json
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-_LONGEST = 8
-"""More tokens than any character is spread over: beyond that the bytes are simply invalid, and are shown as such."""
+_LONGEST = 64
+"""Tokens after which text without a single whole character is shown as it is, so that no window grows for ever."""
+
+
+class Stream(Protocol):
+    """Turns ids that arrive one by one into pieces of text that join to what all of them decode to."""
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` completes; empty while a character is unfinished."""
+        ...
+
+    def finish(self) -> str:
+        """What is left when no more tokens come."""
+        ...
+
+
+def _characters() -> dict[str, int]:
+    """The bytes that the printable characters of a byte-level vocabulary stand for."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+class Spelling:
+    """The bytes of the tokens of a byte-level ``tokenizer``; special tokens have none."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self._known: dict[int, bytes] = {token: b"" for token, text in added.items() if text.special}
+        self._characters = _characters()
+
+    def __call__(self, token: int) -> bytes:
+        known = self._known.get(token)
+        if known is None:
+            text = self._tokenizer.id_to_token(token) or ""
+            bytes_ = [self._characters.get(character, -1) for character in text]
+            # An added token is text already if it is not written in these characters.
+            known = self._known[token] = text.encode() if -1 in bytes_ else bytes(bytes_)
+        return known
+
+    @staticmethod
+    def fits(tokenizer: Any) -> bool:
+        """Whether the tokens of ``tokenizer`` are bytes in this notation, and nothing else is done to them."""
+        decoder = tokenizer.decoder
+        return decoder is not None and json.loads(decoder.__getstate__()).get("type") == "ByteLevel"
+
+
+def streams(tokenizer: Any, decode: Callable[[Sequence[int]], str]) -> Callable[[], Stream]:
+    """Makes a stream per answer, the quickest that is exact for ``tokenizer``, whose ``decode`` is given."""
+    if Spelling.fits(tokenizer):
+        return partial(Spelled, Spelling(tokenizer))
+    return partial(Detokeniser, decode)
+
+
+class Spelled:
+    """A stream of tokens that are bytes."""
+
+    def __init__(self, spelling: Callable[[int], bytes]) -> None:
+        self._spelling = spelling
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` completes."""
+        return self._decoder.decode(self._spelling(token))
+
+    def finish(self) -> str:
+        """An unfinished character, as a replacement character."""
+        return self._decoder.decode(b"", final=True)
 
 
 class Detokeniser:
@@ -31,28 +103,26 @@ class Detokeniser:
     def push(self, token: int) -> str:
         """The text that ``token`` completes; empty while a character is unfinished."""
         self._ids.append(token)
-        before, text = self._texts()
-        unfinished = text.endswith(_INCOMPLETE)
-        if unfinished and len(self._ids) - self._printed < _LONGEST:
-            return ""
+        text = self._text(self._window, len(self._ids))
+        new = text[len(self._before) :]
+        if text.endswith(_INCOMPLETE) and len(self._ids) - self._printed < _LONGEST:
+            certain = new.rstrip(_INCOMPLETE)
+            self._before += certain
+            return certain
         # After invalid bytes the window starts anew: what follows must not be decoded together with them.
-        self._window = len(self._ids) if unfinished else self._printed
+        self._window = len(self._ids) if text.endswith(_INCOMPLETE) else self._printed
         self._printed = len(self._ids)
         self._before = self._text(self._window, self._printed)
-        return text[len(before) :]
+        return new
 
     def finish(self) -> str:
         """What is left when no more tokens come."""
         if self._printed == len(self._ids):
             return ""
-        before, text = self._texts()
+        text = self._text(self._window, len(self._ids))
         self._window = self._printed = len(self._ids)
-        self._before = ""
+        before, self._before = self._before, ""
         return text[len(before) :]
-
-    def _texts(self) -> tuple[str, str]:
-        """Text of the window's printed tokens, and of the whole window."""
-        return self._before, self._text(self._window, len(self._ids))
 
     def _text(self, start: int, end: int) -> str:
         return self._decode(tuple(self._ids[start:end])) if end > start else ""

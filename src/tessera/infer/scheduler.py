@@ -31,6 +31,7 @@ from torch import Tensor
 from tessera.contract.batch import Normalisation
 from tessera.contract.model import Geometry
 from tessera.infer.choice import Choice, Decode
+from tessera.infer.detokenise import Detokeniser, Stream
 from tessera.infer.limits import Limits
 from tessera.infer.prefix import BLOCK
 from tessera.infer.prompt import Prompt
@@ -96,7 +97,10 @@ class Counts:
 
 
 class Scheduler:
-    """See the module docstring. ``models`` are by adapter name, None the one without."""
+    """See the module docstring. ``models`` are by adapter name, None the one without.
+
+    ``decode`` gives the text of tokens, a ``stream`` gives it piece by piece.
+    """
 
     def __init__(
         self,
@@ -104,13 +108,15 @@ class Scheduler:
         limits: Limits,
         geometry: Geometry,
         decode: Decode,
+        stream: Callable[[], Stream] | None = None,
         *,
         device: torch.device | str = "cpu",
         sizes: Sizes = Sizes(),
         normalisation: Normalisation | None = None,
     ) -> None:
         self.limits, self.sizes, self.counts = limits, sizes, Counts()
-        self._decode: Decode = lru_cache(maxsize=1 << 15)(decode)
+        self._decode: Decode = decode
+        self._stream = stream or partial(Detokeniser, lru_cache(maxsize=1 << 15)(decode))
         budget, share = Budget(sizes.cache_tokens), len(models)
         sight = Sight(geometry, normalisation or geometry.normalisation, torch.device(device))
         kept = {"blocks": sizes.prefix_tokens // BLOCK // share, "tower_bytes": sizes.tower_bytes // share}
@@ -294,7 +300,7 @@ class Scheduler:
             logprobs=request.logprobs,
             constraint=None if entry.grammar is None else entry.grammar.copy(),
         )
-        return Choice(request, index, draws, entry.room, self._decode)
+        return Choice(request, index, draws, entry.room, self._decode, self._stream())
 
     def _choose(self, turns: Sequence[Turn]) -> None:
         """Give every row of ``turns`` its next token, and end those for which it is the last."""

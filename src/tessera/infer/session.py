@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from tessera.data.encode import Encoder
 from tessera.data.render import Renderer
 from tessera.data.sample import BadRow
 from tessera.infer.constrain import Grammars
+from tessera.infer.detokenise import streams
 from tessera.infer.limits import OPEN_ENDED, Limits, max_positions, stop_ids
 from tessera.infer.memory import Demand, sizes_for
 from tessera.infer.prompt import Prompt, prompt_from
@@ -129,12 +131,13 @@ class Session:
         limits = _limits(run, source, encoder.renderer, defaults)
         # The two image paths of transformers also round the normalisation differently.
         normalisation = replace(encoder.geometry.normalisation, fused=encoder.image_resize != "pil")
-        decode = encoder.renderer.decode
+        decode = partial(encoder.renderer.decode, skip_special_tokens=True)
         scheduler = Scheduler(
             models,
             limits,
             encoder.geometry,
-            lambda ids: decode(ids, skip_special_tokens=True),
+            decode,
+            streams(encoder.renderer.tokenizer, decode),
             device=device,
             sizes=sizes(Demand.of(module, limits, device, run.infer.max_batch_size)),
             normalisation=normalisation,

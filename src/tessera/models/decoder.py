@@ -95,7 +95,7 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, context.angles), rotate(k, context.angles)
+        q, k = rotate(q, k, context.angles)
         if context.cache is not None:
             context.cache.write(self.index, k, v)
         if context.layout is not None:

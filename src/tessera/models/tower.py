@@ -93,7 +93,7 @@ class TowerAttention(nn.Module):
     def forward(self, x: Tensor, angles: Angles, layout: Layout) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         # The rotation is done in float32, as transformers does it; attention returns the type of the values.
-        q, k = rotate(q.float(), angles), rotate(k.float(), angles)
+        q, k = rotate(q.float(), k.float(), angles)
         q, k, v = (permuted(part, layout.order, layout.inverse) for part in (q, k, v))
         mixed = permuted(attend(q, k, v, layout), layout.inverse, layout.order)
         out: Tensor = self.proj(mixed.flatten(1))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.config.errors import UserError
-from tessera.models.layers import PatchEmbed, RMSNorm
+from tessera.models.layers import PatchEmbed, RMSNorm, gated
 from tessera.models.rope import Rope, RopeConfig, rotate
 
 
@@ -50,10 +50,10 @@ def test_rotation_and_its_gradient() -> None:
     cos, sin = torch.cat([angles.cos] * 2, -1), torch.cat([angles.sin] * 2, -1)
     half = torch.cat([-x[..., 4:], x[..., :4]], -1)
     expected = x * cos + half * sin
-    torch.testing.assert_close(rotate(x, angles), expected)
-    assert torch.equal(rotate(x, angles)[0], x[0])
+    torch.testing.assert_close(rotate(x, x, angles)[0], expected)
+    assert torch.equal(rotate(x, x, angles)[0][0], x[0])
     weight = torch.randn(3, 2, 8)
-    (mine,) = torch.autograd.grad((rotate(x, angles) * weight).sum(), x)
+    (mine,) = torch.autograd.grad((rotate(x, x, angles)[0] * weight).sum(), x)
     (wanted,) = torch.autograd.grad((expected * weight).sum(), x)
     torch.testing.assert_close(mine, wanted)
 
@@ -96,3 +96,23 @@ def test_patch_embedding_is_the_convolution(bias: bool) -> None:
     twice = conv(frame.expand(7, 3, 2, 4, 4)).view(-1, 10)
     torch.testing.assert_close(embed(frame.permute(0, 2, 3, 4, 1).flatten(1)), twice, rtol=1e-5, atol=1e-6)
     assert dict(embed.named_parameters()).keys() == {"proj.weight"} | ({"proj.bias"} if bias else set())
+
+
+@pytest.mark.parametrize("partial", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_the_same_bits(partial: float, dtype: torch.dtype) -> None:
+    """The shorter ways that inference takes through norms, rotations and gates change nothing."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 96, generator=generator).to(dtype)
+    q, k = (torch.randn(7, heads, 32, generator=generator).to(dtype) for heads in (6, 2))
+    norm, rope = RMSNorm(96, 1e-6), Rope(RopeConfig(1e4, partial=partial), 32)
+    with torch.no_grad():
+        norm.weight.add_(torch.randn(96, generator=generator))
+
+    def computed() -> list[torch.Tensor]:
+        turned = rotate(q, k, rope.angles(torch.arange(7), dtype))
+        return [norm(x), *turned, gated(x, x.flip(0))]
+
+    learning = computed()
+    with torch.inference_mode():
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(computed(), learning, strict=True))
