@@ -86,8 +86,10 @@ def no_swallowed_errors(module: Module) -> Iterator[str]:
         if isinstance(node, ast.ExceptHandler):
             if node.type is None:
                 yield module.at(node, "bare except")
-            elif ast.unparse(node.type) in broad and not any(isinstance(n, ast.Raise) for n in ast.walk(node)):
-                yield module.at(node, f"except {ast.unparse(node.type)} that does not raise")
+            elif ast.unparse(node.type) in broad and not any(
+                isinstance(n, ast.Raise) or (isinstance(n, ast.Name) and n.id == node.name) for n in ast.walk(node)
+            ):
+                yield module.at(node, f"except {ast.unparse(node.type)} that neither raises nor says what it was")
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress"):
             if any(ast.unparse(arg) in broad for arg in node.args):
                 yield module.at(node, "suppress of every Exception")

@@ -72,6 +72,7 @@ BAD: list[tuple[Check, str, str]] = [
     (checks.no_probing, "a.py", "getattr(x, 'name', None)"),
     (checks.no_swallowed_errors, "a.py", "try:\n    f()\nexcept:\n    raise\n"),
     (checks.no_swallowed_errors, "a.py", "try:\n    f()\nexcept Exception:\n    pass\n"),
+    (checks.no_swallowed_errors, "a.py", "try:\n    f()\nexcept Exception as e:\n    pass\n"),
     (checks.no_swallowed_errors, "a.py", "with contextlib.suppress(Exception):\n    f()\n"),
     (checks.no_monkeypatching, "a.py", "import torch\ntorch.nn.Linear.forward = f\n"),
     (checks.no_monkeypatching, "a.py", "def g():\n    from torch.nn import Linear as L\n    a, L.forward = 1, f\n"),
@@ -105,6 +106,7 @@ def test_rules_can_fail(rule: Check, path: str, snippet: str) -> None:
     [
         (checks.no_probing, "a.py", "getattr(x, name)"),
         (checks.no_swallowed_errors, "a.py", "try:\n    f()\nexcept Exception as e:\n    raise UserError() from e\n"),
+        (checks.no_swallowed_errors, "a.py", "try:\n    f()\nexcept Exception as e:\n    tell(e)\n"),
         (checks.no_monkeypatching, "a.py", "import torch\nself.x = torch.zeros(1)\nx.data = 1\n"),
         (checks.no_module_state, "a.py", "TABLE = {'a': 1}\n"),
         (checks.no_host_sync, "models/geometry.py", "x.tolist()\n"),

@@ -1,8 +1,8 @@
 """Text that appears while it is being generated, up to where it is told to stop.
 
 Tokens need not end where characters end: an emoji may be spread over four. The tokens of a byte-level vocabulary are
-bytes, which Python's incremental decoder turns into text (:class:`Spelled`). Of other vocabularies (:class:`Detokeniser`)
-one only knows what a list of tokens decodes to. Text that ends in replacement characters is then held back until a
+bytes, which Python's incremental decoder turns into text (:class:`Spelled`). Of other vocabularies one only knows what
+a list of tokens decodes to (:class:`Detokeniser`). Text that ends in replacement characters is then held back until a
 whole character follows, and each step decodes only a short window, the tokens whose text was printed last (they decide
 about a leading space) and the new ones::
 

@@ -99,7 +99,7 @@ class _Asked:
 class Engine:
     """See the module docstring. ``session`` makes questions; ``adapters`` are the names that requests may choose.
 
-    At most ``max_waiting`` requests wait to be started.
+    At most ``max_waiting`` requests wait to be started. ``deaf`` is what a listener raised last.
     """
 
     def __init__(self, session: Session, *, max_waiting: int = 256) -> None:
@@ -107,6 +107,7 @@ class Engine:
         self.max_waiting = max_waiting
         self.adapters = tuple(name for name in session.scheduler.residents if name is not None)
         self.failed: str | None = None
+        self.deaf: str | None = None
         self._scheduler = session.scheduler
         self._changed = threading.Condition()
         self._asked: dict[str, _Asked] = {}
@@ -281,7 +282,8 @@ class Engine:
                 del self._asked[event.request]
         try:
             asked.listen(event)
-        except Exception:  # noqa: BLE001 - who does not want to listen is not told
+        except Exception as error:  # noqa: BLE001 - a deaf listener must not end the thread
+            self.deaf = f"a listener raised {type(error).__name__}: {error}"
             self._cancel(event.request)
 
     def _die(self, why: str) -> None:

@@ -8,6 +8,7 @@ only the ones nobody asked about before.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -85,6 +86,8 @@ class Resident:
         self.reading: list[Running] = []
         self.running: dict[Row, Running] = {}
         self.encoded = self.reused = 0
+        # How many prompts that are being read have a block of this name.
+        self._coming: Counter[bytes] = Counter()
         self._sight = sight
 
     def known(self, prompt: Prompt) -> int:
@@ -95,9 +98,8 @@ class Resident:
         """Tokens of ``prompt`` behind the ``known`` ones that somebody is reading right now."""
         if len(prompt.blocks) > self.prefixes.blocks:
             return 0
-        pending = {name for held in self.reading for name in held.prompt.blocks}
         blocks = prompt.blocks[known // BLOCK : (len(prompt) - 1) // BLOCK]
-        return BLOCK * next((index for index, name in enumerate(blocks) if name not in pending), len(blocks))
+        return BLOCK * next((index for index, name in enumerate(blocks) if not self._coming[name]), len(blocks))
 
     def start(self, choices: list[Choice], prompt: Prompt, known: int, price: int, *, aside: bool) -> Running:
         """Begin to read ``prompt`` for ``choices``; ``aside`` if that takes more than one pass."""
@@ -107,6 +109,7 @@ class Resident:
             row.length = known
         held = Running(choices, prompt, row, known, price)
         self.reading.append(held)
+        self._coming.update(prompt.blocks)
         return held
 
     def end(self, held: Running, *, wipe: bool = False, remember: bool = False) -> None:
@@ -117,7 +120,7 @@ class Resident:
             self.prefixes.store(whole.blocks, self.cache.read(held.row, 0, held.row.length))
         self.cache.leave(held.row, wipe=wipe)
         if self.running.pop(held.row, None) is None:
-            self.reading.remove(held)
+            self._been_read(held)
 
     def forget(self) -> None:
         """Drop what is remembered of prompts and images."""
@@ -162,7 +165,7 @@ class Resident:
         self.prefixes.store(prompt.blocks, self.cache.read(held.row, 0, len(prompt)))
         # Pixels and features have done their work.
         held.prompt = replace(prompt, images=tuple(Image(image.key, image.grid, image.dest) for image in prompt.images))
-        self.reading.remove(held)
+        self._been_read(held)
         self.cache.bring(held.row)
         answers, others = [held], held.choices[1:]
         held.choices = held.choices[:1]
@@ -170,6 +173,11 @@ class Resident:
             answers.append(replace(held, choices=[choice], row=self.cache.fork(held.row)))
         self.running.update((answer.row, answer) for answer in answers)
         return answers
+
+    def _been_read(self, held: Running) -> None:
+        """Nobody needs to wait for the prompt of ``held`` any more."""
+        self.reading.remove(held)
+        self._coming -= Counter(held.prompt.blocks)
 
     def _seen(self, parts: Parts) -> tuple[Features | None, Tensor | None]:
         """The features that land on tokens of a pass over ``parts``, and where."""

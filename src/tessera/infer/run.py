@@ -8,10 +8,11 @@ model, found again from its ``args.json``) every row is answered, printed and wr
     [RESPONSE] \\int x d x
     --------------------------------------------------
 
-Rows are answered ``--max_batch_size`` at a time. Without ``--stream`` a few batches of rows are sorted by length first,
-so that rows of a batch end at about the same time; they are reported in the order of the dataset all the same. With
-it, the first unfinished row of the batch is printed as it comes and the others when their turn comes. A row that cannot
-be read is skipped and counted. Without a dataset the terminal becomes a conversation (``infer/chat.py``).
+At most ``--max_batch_size`` rows are answered at a time; where one ends the next begins. Without ``--stream`` a few
+batches of rows are sorted by length first, so that neighbours end at about the same time; they are reported in the
+order of the dataset all the same. With it, the first unfinished row of the batch is printed as it comes and the others
+when their turn comes. A row that cannot be read is skipped and counted. Without a dataset the terminal becomes a
+conversation (``infer/chat.py``).
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def answer_rows(session: Session, chosen: Sequence[Chosen], results: Results, si
         # The next window is rendered and its image headers are read while this one is being answered.
         while (window := ahead.result()) is not None:
             ahead = reader.submit(next, windows, None)
-            _answer_window(session, window, size, report, skips)
+            _answer_window(session, window, report, skips)
     runtime = time.perf_counter() - started
     if len(skips):
         sink.write(f"skipped {len(skips)} rows: {skips.summary()}\n")
@@ -190,19 +191,19 @@ def _listed(chosen: Sequence[Chosen], limit: int | None) -> Iterator[tuple[Any, 
     return (pair for _, pair in zip(range(limit), listed, strict=False)) if limit is not None else listed
 
 
-def _answer_window(session: Session, window: list[_Item], size: int, report: _Report, skips: Skips) -> None:
-    order = list(range(len(window)))
+def _answer_window(session: Session, window: list[_Item], report: _Report, skips: Skips) -> None:
+    places = list(range(len(window)))
     if not report.stream:
-        order.sort(key=lambda place: -len(window[place].question.encoded.tokens))
+        places.sort(key=lambda place: -len(window[place].question.encoded.tokens))
     report.begin([item.question for item in window])
-    for start in range(0, len(order), size):
-        places = order[start : start + size]
-        questions = [window[place].question for place in places]
-        replies = session.answer(questions, report.listener(places))
-        for place, reply in zip(places, replies, strict=True):
-            if isinstance(reply, BadRow):
-                skips.add(window[place].dataset, window[place].index, str(reply))
-            report.finish(place, reply)
+
+    def ended(index: int, reply: Reply | BadRow) -> None:
+        place = places[index]
+        if isinstance(reply, BadRow):
+            skips.add(window[place].dataset, window[place].index, str(reply))
+        report.finish(place, reply)
+
+    session.answer([window[place].question for place in places], report.listener(places), ended)
 
 
 @dataclass

@@ -249,13 +249,16 @@ class Scheduler:
         while self._waiting and left > 0:
             entry = self._waiting[0]
             resident = self.residents[entry.request.adapter]
+            choices = self._fitting(entry)
+            if not choices:
+                break
             known = resident.known(entry.prompt)
+            unread = len(entry.prompt) - known
             if _better_later(resident, entry.prompt, known):
                 passed.append(self._waiting.popleft())
                 continue
-            unread, choices = len(entry.prompt) - known, self._fitting(entry)
             # A prompt is not cut for the sake of a few tokens.
-            if not choices or (unread > left and left < self.sizes.prefill_tokens // 2):
+            if unread > left and left < self.sizes.prefill_tokens // 2:
                 break
             try:
                 held = self._start(resident, entry, choices, known, aside=unread > left)

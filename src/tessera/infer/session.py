@@ -38,7 +38,7 @@ from tessera.infer.detokenise import streams
 from tessera.infer.limits import OPEN_ENDED, Limits, max_positions, stop_ids
 from tessera.infer.memory import Demand, sizes_for
 from tessera.infer.prompt import Prompt, prompt_from
-from tessera.infer.request import Event, Failed, Finished, Piece, Question, Request
+from tessera.infer.request import Event, Failed, Finished, Question, Request
 from tessera.infer.sampling import Allows, Sampling
 from tessera.infer.scheduler import Scheduler, Sizes
 from tessera.models.families import text_config
@@ -175,14 +175,18 @@ class Session:
         return Prepared(request, prompt, grammar)
 
     def answer(
-        self, questions: Sequence[Question], on_text: Callable[[int, str | None], None] | None = None
+        self,
+        questions: Sequence[Question],
+        on_text: Callable[[int, str | None], None] | None = None,
+        on_reply: Callable[[int, Reply | BadRow], None] | None = None,
     ) -> list[Reply | BadRow]:
         """Answers in order; BadRow in the place of a question whose images cannot be decoded.
 
-        ``on_text(index, piece)`` is called as text comes, and with None when the answer to that question has ended.
+        ``on_text(index, piece)`` is called as text comes, and with None when the answer to that question has ended;
+        ``on_reply(index, reply)`` when it has, in whatever order that is.
         """
         asked = [Request(q, self.sampling, seed=q.seed, stream=on_text is not None) for q in questions]
-        replies = Replies({request.id: index for index, request in enumerate(asked)}, on_text)
+        replies = Replies({request.id: index for index, request in enumerate(asked)}, self.text, on_text, on_reply)
         # A few more than run at a time are made ready in advance.
         ahead = 2 * self.scheduler.sizes.rows
         coming: deque[tuple[Request, Future[Prepared]]] = deque()
@@ -202,7 +206,7 @@ class Session:
                 for request in asked:  # whatever is left where something was raised
                     self.scheduler.cancel(request.id)
                 self.scheduler.flush()
-        return replies.all(self.text)
+        return replies.all()
 
     def text(self, tokens: Sequence[int]) -> str:
         """Tokens of an answer as text, without special tokens."""
@@ -224,11 +228,17 @@ class Session:
 class Replies:
     """Gathers the answers to requests with one choice each; ``places`` are their indices by id."""
 
-    def __init__(self, places: Mapping[str, int], on_text: Callable[[int, str | None], None] | None) -> None:
-        self._places = places
-        self._on_text = on_text
+    def __init__(
+        self,
+        places: Mapping[str, int],
+        text: Callable[[Sequence[int]], str],
+        on_text: Callable[[int, str | None], None] | None,
+        on_reply: Callable[[int, Reply | BadRow], None] | None,
+    ) -> None:
+        self._places, self._text = places, text
+        self._on_text, self._on_reply = on_text, on_reply
         self._tokens: list[list[int]] = [[] for _ in places]
-        self._ends: list[Finished | BadRow | None] = [None] * len(places)
+        self._found: dict[int, Reply | BadRow] = {}
 
     def hear(self, events: Sequence[Event]) -> None:
         """Note what has happened; RuntimeError if a request failed, which is nobody's wish."""
@@ -236,29 +246,29 @@ class Replies:
             place = self._places[event.request]
             if isinstance(event, Failed):
                 raise RuntimeError(event.error)
-            if isinstance(event, Piece):
+            if isinstance(event, Finished):
+                tokens = tuple(self._tokens[place])
+                answer = Answer(tokens, event.prompt_tokens, event.reason == "stop")
+                self._end(place, Reply(self._text(tokens), answer))
+            else:
                 self._tokens[place].extend(event.tokens)
                 if self._on_text is not None and event.text:
                     self._on_text(place, event.text)
-            else:
-                self._ends[place] = event
-                if self._on_text is not None:
-                    self._on_text(place, None)
 
     def refused(self, request: str, error: BadRow) -> None:
         """Note that a question cannot be asked."""
-        self._ends[self._places[request]] = error
+        self._end(self._places[request], error)
 
-    def all(self, text: Callable[[Sequence[int]], str]) -> list[Reply | BadRow]:
+    def all(self) -> list[Reply | BadRow]:
         """All answers in order."""
-        out: list[Reply | BadRow] = []
-        for tokens, end in zip(self._tokens, self._ends, strict=True):
-            assert end is not None
-            if isinstance(end, BadRow):
-                out.append(end)
-            else:
-                out.append(Reply(text(tokens), Answer(tuple(tokens), end.prompt_tokens, end.reason == "stop")))
-        return out
+        return [self._found[place] for place in range(len(self._places))]
+
+    def _end(self, place: int, reply: Reply | BadRow) -> None:
+        self._found[place] = reply
+        if self._on_text is not None and isinstance(reply, Reply):
+            self._on_text(place, None)
+        if self._on_reply is not None:
+            self._on_reply(place, reply)
 
 
 def load(run: Run, source: door.Source, device: torch.device) -> nn.Module:

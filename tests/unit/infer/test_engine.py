@@ -193,6 +193,7 @@ def test_a_listener_that_raises_loses_its_request_only(engine: Engine, base: Pat
     engine.submit(Request(question, max_new_tokens=1500), deaf)
     assert isinstance(ask(engine, question).end, Finished)
     soon(lambda: engine.stats().running == 0)
+    assert engine.deaf == "a listener raised ValueError: not now"
 
 
 def ask(engine: Engine, question: Any, **settings: Any) -> Listener:

@@ -61,9 +61,7 @@ def alone(made: tuple[VLM, dict[str, Any]], **settings: Any) -> list[Answer]:
     return out
 
 
-@pytest.mark.parametrize(
-    "sizes", [{}, {"rows": 3}, {"prefill_tokens": 16}, {"prefix_tokens": 0}, {"cache_tokens": 200}]
-)
+@pytest.mark.parametrize("sizes", [{}, {"rows": 3}, {"prefill_tokens": 16, "prefix_tokens": 0}, {"cache_tokens": 200}])
 def test_answers_do_not_depend_on_company(made: tuple[VLM, dict[str, Any]], sizes: dict[str, int]) -> None:
     """Six rows with six settings that arrive over several steps, with little room, prompts read in parts."""
     model, config = made
