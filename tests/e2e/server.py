@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -56,6 +57,7 @@ class Running:
     """A server in a process of its own; ``lines`` are what it has printed."""
 
     process: subprocess.Popen[str]
+    context: ssl.SSLContext | None = None
     port: int = 0
     lines: list[str] = field(default_factory=list)
 
@@ -69,6 +71,8 @@ class Running:
     ) -> Reply:
         """One request on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        if self.context is not None:
+            connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=timeout, context=self.context)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         try:
             connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
@@ -106,8 +110,8 @@ class Running:
 
 
 @contextmanager
-def deployed(*words: str | Path, **variables: str) -> Iterator[Running]:
-    """A server with these flags; it is gone afterwards, however the test ends."""
+def deployed(*words: str | Path, context: ssl.SSLContext | None = None, **variables: str) -> Iterator[Running]:
+    """A server with these flags (spoken to over HTTPS with a ``context``); it is gone afterwards."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-u", "-m", "tessera", "deploy", "--port", str(port), *map(str, words)]
@@ -119,7 +123,7 @@ def deployed(*words: str | Path, **variables: str) -> Iterator[Running]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    server = Running(process)
+    server = Running(process, context)
     reader = threading.Thread(target=_read, args=(server,), daemon=True)
     reader.start()
     try:

@@ -17,7 +17,7 @@ from tests.e2e.server import Running, deployed
 from tests.models import make_model_dir
 from tests.toys import make_images
 
-pytestmark = pytest.mark.skipif(program() is None, reason="no Chromium on this machine")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(program() is None, reason="no Chromium on this machine")]
 KEY = "sesame"
 
 

@@ -33,7 +33,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "NO_PROXY": "*", "
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     model = make_model_dir(tmp_path_factory.mktemp("evalscope") / "tiny", "qwen2_5_vl")
-    with deployed("--model", model, "--torch_dtype", "float32", "--served_model_name", "M", "--api_key", "K") as running:
+    with deployed(
+        "--model", model, "--torch_dtype", "float32", "--served_model_name", "M", "--api_key", "K"
+    ) as running:
         yield running
         assert "Traceback" not in running.output, running.output
 

@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("fastapi", reason="tessera deploy needs the extra `deploy`")
 pytest.importorskip("uvicorn", reason="tessera deploy needs the extra `deploy`")
 pytest.importorskip("prometheus_client", reason="tessera deploy needs the extra `deploy`")
-schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
+import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
@@ -20,7 +21,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from tests.e2e.server import Running, deployed
 from tests.models import make_model_dir
 
-EXAMPLES = 60
+pytestmark = pytest.mark.slow
+EXAMPLES = 30
 BOUNDED = settings(
     derandomize=True,
     database=None,

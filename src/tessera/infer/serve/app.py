@@ -283,12 +283,15 @@ async def _answered(
 ) -> Response:
     """The response to ``asked``: one JSON object, or a stream of them."""
 
+    hearings: list[Hearing] = []
+
     async def begin() -> tuple[Writer, Hearing, int]:
         service.desk.admit()
         writer, requests = await prepare()
-        return writer, service.desk.submit(requests), requests[0].n
+        hearings.append(service.desk.submit(requests))
+        return writer, hearings[0], requests[0].n
 
-    ignored, hearing, presence = _ignored(asked, service.asker.variables), None, Presence(http.receive)
+    ignored, presence = _ignored(asked, service.asker.variables), Presence(http.receive)
     headers = {"Warning": f'299 tessera "ignored: {", ".join(ignored)}"'} if ignored else {}
     response: Response | None = None
     try:
@@ -299,8 +302,8 @@ async def _answered(
         response = EventStream(await presence.unless_gone(anext(events)), events, presence, headers)
         return response
     except Gone:
-        if hearing is not None:
-            hearing.cancel()
+        for left in hearings:
+            left.cancel()
         return Response(status_code=499)  # nobody reads it
     finally:
         if response is None:

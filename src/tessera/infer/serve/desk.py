@@ -8,8 +8,10 @@ next step. The :class:`Desk` is also the one place that knows whether the server
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tessera.infer.engine import Engine, Event, Failed, Finished, Full, Piece, Refused, Request, Ticket
@@ -18,8 +20,8 @@ from tessera.infer.serve.metrics import Metrics
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[Any]]
-_LOOK_S = 2.0
-"""How often a listener without news looks whether the engine is still there."""
+LOG = logging.getLogger("uvicorn.error")
+"""The server's own log, which goes to the console."""
 
 
 class Gone(Exception):  # noqa: N818 - it says what happened
@@ -39,6 +41,15 @@ class Desk:
     def status(self) -> str:
         """``ok``, ``draining`` or ``dead``."""
         return "dead" if self.engine.failed is not None else "draining" if self.draining else "ok"
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """A request is being answered."""
+        self.active += 1
+        try:
+            yield
+        finally:
+            self.active -= 1
 
     def admit(self) -> None:
         """503 if no request can be taken."""
@@ -99,11 +110,15 @@ class Hearing:
         """Pieces and ends with the place of their request, until every choice has ended; ApiError if one cannot."""
         try:
             while self._open:
-                place, event = await self._next()
+                # Not wait_for: under load it swallows the cancellation that a client's leaving is.
+                place, event = await self._events.get()
                 if isinstance(event, Failed):
                     if self._desk.engine.failed is not None:
                         raise dead()
-                    raise bad(event.error) if event.bad_request else internal()
+                    if event.bad_request:
+                        raise bad(event.error)
+                    LOG.error("request %s failed: %s", event.request, event.error[:200])
+                    raise internal()
                 if isinstance(event, Finished):
                     if event.reason == "cancelled":
                         raise ending()
@@ -113,14 +128,6 @@ class Hearing:
                 yield place, event
         finally:
             self.cancel()
-
-    async def _next(self) -> tuple[int, Event]:
-        while True:
-            try:
-                return await asyncio.wait_for(self._events.get(), _LOOK_S)
-            except asyncio.TimeoutError:  # the builtin one only since 3.11
-                if self._desk.engine.failed is not None and self._events.empty():
-                    raise dead() from None
 
 
 class _Clock:

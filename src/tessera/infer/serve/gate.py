@@ -59,7 +59,6 @@ class Gate:
                 status = message["status"]
             await send(message)
 
-        self._desk.active += 1
         try:
             try:
                 self._allow(path, headers)
@@ -70,9 +69,9 @@ class Gate:
                 await respond(watched, error)
                 return
             if body is not None:
-                await self._app(scope, _replay(body, receive), watched)
+                with self._desk.busy():
+                    await self._app(scope, _replay(body, receive), watched)
         finally:
-            self._desk.active -= 1
             self._desk.metrics.count(route, status, time.perf_counter() - started)
 
     def _allow(self, path: str, headers: Mapping[bytes, bytes]) -> None:

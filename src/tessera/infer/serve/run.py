@@ -156,8 +156,12 @@ async def _serve(
                 print(f"shutting down: {max(0, desk.active)} requests to finish", flush=True)
 
         async def on_tick(self, counter: int) -> bool:
+            if engine.failed is not None and not told:
+                told.append(engine.failed)
+                print(f"error: the engine has stopped, /health says so: {engine.failed}", file=sys.stderr, flush=True)
             return await super().on_tick(counter) or (desk.draining and not desk.active)
 
+    told: list[str] = []
     desk = Desk(engine, Metrics(engine.stats))
     service = service_of(run, engine, models, context, desk)
     host = listening.getsockname()[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ pytest.importorskip("fastapi", reason="tessera deploy needs the extra `deploy`")
 pytest.importorskip("prometheus_client", reason="tessera deploy needs the extra `deploy`")
 
 from tessera.infer.engine import Event, Failed, Piece, Request
-from tests.serving import CHAT, TEXT, Behave, Reply, Server, ask, call, huge_png, image_part, make_gate, picture, silent
+from tests.serving import CHAT, TEXT, Behave, Reply, Server, ask, call, huge_png, image_part, make_gate, picture
 
 
 @pytest.mark.parametrize(
@@ -228,32 +227,36 @@ def test_a_defect_is_a_500_without_its_text(server: Server, monkeypatch: pytest.
 
 
 def test_a_dead_engine(server: Server) -> None:
-    server.behave(silent)
-    done: list[Reply] = []
-    thread = threading.Thread(target=lambda: done.append(server.post(ask())))
-    thread.start()
-    assert server.engine.changed.wait(5)
-    server.engine.failed = "it broke"
-    thread.join(10)
-    assert done[0].status == 503 and done[0].error["code"] == "engine_dead"
-    assert server.post(ask()).status == 503
+    def dying(request: Request, listen: Callable[[Event], None]) -> None:
+        server.engine.failed = "it broke"
+        listen(Failed(request.id, "the engine has died: it broke", False))
+
+    server.behave(dying)
+    reply = server.post(ask())
+    assert reply.status == 503 and reply.error["code"] == "engine_dead"
+    assert server.post(ask()).status == 503 and len(server.engine.requests) == 1
     health = call(server.gate, "GET", "/health")
     assert health.status == 503 and health.json == {"status": "dead"}
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_cancels_its_request(server: Server, stream: bool) -> None:
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_client_that_leaves_cancels_its_request(server: Server, stream: bool, busy: bool) -> None:
+    """Also while tokens come faster than they can be sent."""
+
     def behave(request: Request, listen: Callable[[Event], None]) -> None:
-        if request.stream:
+        deadline = time.monotonic() + 5
+        while request.id not in server.engine.cancelled and time.monotonic() < deadline:
             listen(Piece(request.id, 0, "a", (1,)))
+            if not busy:
+                return
+            time.sleep(0.0002)
 
     server.behave(behave)
-    started = time.monotonic()
-    server.post(
-        ask(stream=stream), leave=lambda reply: bool(reply.chunks) if stream else server.engine.changed.is_set()
-    )
+    started, begun = time.monotonic(), server.engine.changed.is_set
+    server.post(ask(stream=stream), leave=lambda reply: bool(reply.chunks) if stream else begun())
     assert server.engine.cancelled == [server.asked.id]
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 3
     assert server.service.desk.active == 0
 
 

@@ -149,3 +149,18 @@ def test_settings_of_a_request_go_before_those_of_the_server(model: Path) -> Non
     plain = resolve(["deploy", "--model", str(model)], {})
     assert deploy.sampling_of(plain, {}, {}).greedy
     assert deploy.sampling_of(plain, {}, {"top_p": 0.5}).temperature == 1.0
+
+
+@pytest.mark.parametrize("verb", ["deploy", "infer"])
+def test_a_run_is_its_newest_checkpoint(model: Path, tmp_path: Path, verb: str) -> None:
+    for step in (5, 20, 10):
+        (tmp_path / "adapters" / f"checkpoint-{step}").mkdir(parents=True)
+        config = tmp_path / "adapters" / f"checkpoint-{step}" / "adapter_config.json"
+        config.write_text(json.dumps({"base_model_name_or_path": str(model)}))
+        (tmp_path / "full" / f"checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / "full" / f"checkpoint-{step}" / "config.json").write_text("{}")
+    run = resolve([verb, "--model", str(tmp_path / "adapters")], {})
+    assert run.model.model == str(model)
+    assert run.model.adapters == (str(tmp_path / "adapters" / "checkpoint-20"),)
+    assert any("the newest checkpoint of this run" in note for note in run.notes)
+    assert resolve([verb, "--model", str(tmp_path / "full")], {}).model.model == str(tmp_path / "full/checkpoint-20")
