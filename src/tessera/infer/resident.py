@@ -110,6 +110,7 @@ class Resident:
         held = Running(choices, prompt, row, known, price)
         self.reading.append(held)
         self._coming.update(prompt.blocks)
+        self.reused += sum(image.features is not None for image in prompt.images)
         return held
 
     def end(self, held: Running, *, wipe: bool = False, remember: bool = False) -> None:
