@@ -32,6 +32,7 @@ ENTRY: Mapping[str, str] = {
     "sft": "tessera.recipes.supervised:main",
     "infer": "tessera.infer.run:main",
     "eval": "tessera.evaluate.run:main",
+    "deploy": "tessera.infer.serve.run:main",
     "export": "tessera.recipes.export:main",
     "compose": "tessera.recipes.compose:main",
     "data": "tessera.recipes.data:main",

@@ -102,7 +102,26 @@ def test_a_scheduler_that_counts_machines(tmp_path: Path) -> None:
     assert run.train.gradient_accumulation_steps == 1
 
 
+DEPLOY = (
+    "deploy --model /path/to/stage2_checkpoint --infer_backend vllm --gpu_memory_utilization 0.9 --max_model_len 8192"
+    ' --max_new_tokens 2048 --limit_mm_per_prompt \'{"image": 5, "video": 2}\' --served_model_name Qwen3-VL'
+)
+VARIABLES = {"MAX_PIXELS": "1003520", "VIDEO_MAX_PIXELS": "50176", "FPS_MAX_FRAMES": "12", "CUDA_VISIBLE_DEVICES": "0"}
+
+
+@pytest.mark.parametrize("prefix", ["", "vllm_"])
+def test_deploying(prefix: str, tmp_path: Path) -> None:
+    line = DEPLOY
+    for name in ("gpu_memory_utilization", "max_model_len", "limit_mm_per_prompt"):
+        line = line.replace(f"--{name}", f"--{prefix}{name}")
+    run = parse(line, tmp_path, VARIABLES)
+    assert (run.deploy.infer_backend, run.deploy.served_model_name) == ("vllm", "Qwen3-VL")
+    assert run.deploy.limit_mm_per_prompt == {"image": 5, "video": 2}
+    assert (run.deploy.gpu_memory_utilization, run.deploy.max_model_len, run.infer.max_new_tokens) == (0.9, 8192, 2048)
+    assert (run.model.max_pixels, run.model.video_max_pixels) == (1003520, 50176)
+
+
 def test_what_comes_later_says_so() -> None:
-    for line in ("rlhf --rlhf_type grpo", "megatron rlhf --load x", "deploy --model x"):
+    for line in ("rlhf --rlhf_type grpo", "megatron rlhf --load x", "eval --model x"):
         with pytest.raises(UserError, match="not in this version"):
             resolve(line.split(), {})

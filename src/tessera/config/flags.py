@@ -20,92 +20,11 @@ as written, and the sentence says once, on the console, why it does nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
 
 from tessera.config import accepted
+from tessera.config.flag import ANSWER, ROOMS, TRAIN, USE, VERBS, Dialect, Flag, Kind
 
-Kind = Literal["str", "int", "float", "bool", "list", "json", "steps", "size"]
-"""How text becomes a value. ``steps`` is a count, a share of the run below 1, or -1 (only at the end); ``size`` is a
-number of bytes such as ``5GB``; ``json`` is a JSON object or the path of a file that holds one."""
-
-Dialect = Literal["swift", "megatron"]
-"""Whose names and defaults hold: ``tessera VERB`` or ``tessera megatron VERB``."""
-
-TRAIN, USE = ("pt", "sft"), ("infer", "export", "eval")
-VERBS: Mapping[str, str] = {
-    "pt": "continue pre-training a model: loss on every token",
-    "sft": "fine-tune a model on conversations, with or without images",
-    "infer": "run a model or adapter over a dataset, or talk to it",
-    "eval": "ask a model a benchmark's questions and score the answers, or compare two evaluations",
-    "export": "merge an adapter, change the dtype, convert from or to Megatron, push to a hub",
-    "compose": "make a new model from the tower of one and the language model of another",
-    "data": "show what a dataset becomes; lint, stats, show, convert and prepare datasets",
-    "report": "tessera report RUN: one self-contained HTML page about a run",
-    "demo": "tessera demo [DIR]: compose, train, export and score a small model on handwriting",
-}
-ROOMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "model": ("which model, at which resolution", (*TRAIN, *USE, "data")),
-    "data": ("which rows, and how they become batches", (*TRAIN, "infer", "eval", "data")),
-    "adapt": ("what is trainable", TRAIN),
-    "train": ("in what order, how fast", TRAIN),
-    "memory": ("what stays on the device", TRAIN),
-    "save": ("what is kept", TRAIN),
-    "log": ("what is shown", TRAIN),
-    "parallel": ("on how many processes", TRAIN),
-    "infer": ("how answers are generated", ("infer", "eval")),
-    "evaluate": ("what is asked and how it is scored", ("eval",)),
-    "export": ("what leaves the house", ("export",)),
-    "convert": ("between Hugging Face and Megatron", ("export",)),
-    "short": ("short for other flags", TRAIN),
-    "shards": ("how shards are made and rows looked at", ("data",)),
-    "compose": ("what a new model is made of", ("compose",)),
-    "run": ("the command itself", tuple(VERBS)),
-    "inert": ("accepted from other tools, without effect", (*TRAIN, *USE, "data")),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """One row of the table; see the module docstring.
-
-    ``low`` and ``high`` are inclusive bounds of a number. ``verbs`` overrides the verbs of the flag's room.
-    ``megatron`` are further names in ``tessera megatron``; a flag with ``only`` exists in that dialect alone. ``means``
-    maps a value to the flags it sets. ``carry`` says when infer and export take the flag from an ``args.json`` unless
-    it is given: ``always``, from that of an ``adapter`` only, the ``data`` they were made with under
-    ``--load_data_args true``, or ``never``.
-    """
-
-    name: str
-    room: str
-    kind: Kind
-    default: Any = None
-    help: str = ""
-    aliases: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    env: str = ""
-    carry: Literal["never", "always", "adapter", "data"] = "never"
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    verbs: tuple[str, ...] = ()
-    megatron: tuple[str, ...] = ()
-    only: Dialect | Literal[""] = ""
-    means: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    inert: str = ""
-
-    def default_for(self, verb: str, dialect: Dialect = "swift") -> Any:
-        """The flag's default under ``verb`` in ``dialect``."""
-        return self.defaults.get(dialect, self.defaults.get(verb, self.default))
-
-    def belongs_to(self, verb: str, dialect: Dialect = "swift") -> bool:
-        """Whether ``verb`` takes this flag in ``dialect``."""
-        return verb in (self.verbs or ROOMS[self.room][1]) and self.only in ("", dialect)
-
-    def names(self, dialect: Dialect = "swift") -> tuple[str, ...]:
-        """Its spellings in ``dialect``, the canonical one first."""
-        return (self.name, *self.aliases, *(self.megatron if dialect == "megatron" else ()))
-
+__all__ = ["BY_NAME", "FLAGS", "ROOMS", "TRAIN", "USE", "VERBS", "Dialect", "Flag", "Kind", "called", "flags_of"]
 
 F = Flag
 
@@ -154,7 +73,8 @@ DATA = (
       choices=("delete", "left", "right", "split")),
     F("packing", "data", "bool", False, "pack whole rows into units of --packing_length tokens"),
     F("packing_length", "data", "int", None, "tokens of a pack; --max_length if not given", low=1),
-    F("system", "data", "str", None, "system prompt, or a .txt file that holds it", carry="always"),
+    F("system", "data", "str", None, "system prompt, or a .txt file that holds it", carry="always",
+      verbs=(*TRAIN, "infer", "deploy", "data")),
     F("loss_scale", "data", "str", "default", "which turns count: assistant turns, the last of them, or every token",
       choices=("default", "last_round", "all"), defaults={"pt": "all"}),
     F("columns", "data", "json", None, "column names of the dataset mapped to ours, e.g. '{\"question\": \"query\"}'",
@@ -163,7 +83,7 @@ DATA = (
     F("max_skip_ratio", "data", "float", 0.1, "stop when more than this share of the rows is bad", low=0, high=1,
       carry="data"),
     F("image_resize", "data", "str", None, "whose resize to equal, torchvision's or PIL's; the model's if not given",
-      choices=("torch", "pil"), carry="always"),
+      choices=("torch", "pil"), carry="always", verbs=(*TRAIN, "infer", "deploy", "data")),
     F("root_image_dir", "data", "str", None, "where relative image paths start", env="ROOT_IMAGE_DIR", carry="data"),
     F("dataloader_num_workers", "data", "int", None, "threads that decode images; chosen by the machine if not given",
       low=0, megatron=("num_workers",)),
@@ -322,11 +242,14 @@ REST = (
     F("master_port", "parallel", "int", None, "port on the first machine; a free one on a single machine, else 29500",
       env="MASTER_PORT", low=1, high=65535, verbs=(*TRAIN, "eval")),
     F("max_new_tokens", "infer", "int", None, "most tokens of an answer; what the model has room for if not given",
-      low=1, aliases=("out_seq_length",)),
-    F("temperature", "infer", "float", None, "0 is greedy; the model's generation_config.json if not given", low=0),
-    F("top_k", "infer", "int", None, "sample among this many tokens", low=-1),
-    F("top_p", "infer", "float", None, "sample among tokens of this total probability", low=0, high=1),
-    F("repetition_penalty", "infer", "float", None, "above 1 discourages repetition", low=0),
+      low=1, aliases=("out_seq_length",), verbs=ANSWER),
+    F("temperature", "infer", "float", None, "0 is greedy; the model's generation_config.json if not given", low=0,
+      verbs=ANSWER),
+    F("top_k", "infer", "int", None, "sample among this many tokens", low=-1, verbs=ANSWER),
+    F("top_p", "infer", "float", None, "sample among tokens of this total probability", low=0, high=1, verbs=ANSWER),
+    F("min_p", "infer", "float", None, "sample among tokens of this share of the most probable one's probability",
+      low=0, high=1, verbs=ANSWER),
+    F("repetition_penalty", "infer", "float", None, "above 1 discourages repetition", low=0, verbs=ANSWER),
     F("stream", "infer", "bool", None, "print tokens as they come; true in a conversation if not given",
       verbs=("infer",)),
     F("max_batch_size", "infer", "int", 8, "rows generated together", low=1, defaults={"eval": 32}),
@@ -347,7 +270,7 @@ REST = (
     F("merge_lora", "export", "bool", False, "write the base model with the adapter added in"),
     F("push_to_hub", "export", "bool", False, "upload the directory"),
     F("hub_model_id", "export", "str", None, "namespace/name on the hub"),
-    F("hub_token", "export", "str", None, "access token; never written to a file"),
+    F("hub_token", "export", "str", None, "access token; never written to a file", secret=True),
     F("hub_private_repo", "export", "bool", False, "create the repository as private"),
     F("to_mcore", "convert", "bool", False, "write a Megatron checkpoint"),
     F("to_hf", "convert", "bool", False, "write a Hugging Face directory from --mcore_model or --mcore_adapters"),
@@ -426,7 +349,6 @@ EVALUATE = (
       choices=("native", "Native", "VLMEvalKit", "OpenCompass", "evalscope")),
     F("eval_url", "evaluate", "str", None, "ask a server that speaks OpenAI's protocol; --model is the name it knows",
       aliases=("api_url", "eval_api_url")),
-    F("api_key", "evaluate", "str", None, "key of that server; never written to a file", env="TESSERA_API_KEY"),
     F("concurrency", "evaluate", "int", 8, "questions under way at that server", low=1,
       aliases=("eval_num_proc", "eval_batch_size")),
     F("eval_timeout", "evaluate", "float", 600.0, "seconds that server may take for an answer", low=0),
@@ -436,6 +358,38 @@ EVALUATE = (
     F("compare", "evaluate", "list", (), "two directories of evaluations, compared item by item"),
     F("input_path", "evaluate", "str", None, "score the answers that tessera infer --task wrote: a file, or a "
       "directory of its parts"),
+)  # fmt: skip
+
+DEPLOY = (
+    F("infer_backend", "deploy", "str", "tessera", "the engine: tessera's own (also pt, transformers), or another's "
+      "server", choices=("tessera", "pt", "transformers", "vllm", "sglang"), verbs=(*TRAIN, *USE, "data")),
+    F("host", "deploy", "str", "127.0.0.1", "address to listen on; 0.0.0.0 is every one of this machine"),
+    F("port", "deploy", "int", 8000, "port to listen on; the next free one if it is taken", low=1, high=65535),
+    F("api_key", "deploy", "str", None, "what clients must send as bearer token, or what is sent to "
+      "--eval_url", env="TESSERA_API_KEY", secret=True, verbs=("deploy", "eval")),
+    F("ssl_keyfile", "deploy", "str", None, "private key for HTTPS (PEM)"),
+    F("ssl_certfile", "deploy", "str", None, "certificate for HTTPS (PEM)"),
+    F("served_model_name", "deploy", "str", None, "what the model is called; the last part of its path if not given"),
+    F("stats_interval", "deploy", "int", 20, "seconds between lines about what is going on; 0 prints none", low=0,
+      aliases=("log_interval",)),
+    F("max_logprobs", "deploy", "int", 20, "most alternatives per token that a request may ask for", low=0, high=20),
+    F("max_model_len", "deploy", "int", None, "most tokens of a prompt and its answer; the model's own if not given",
+      low=1, aliases=("vllm_max_model_len", "sglang_context_length")),
+    F("max_num_seqs", "deploy", "int", 64, "answers generated together", low=1,
+      aliases=("vllm_max_num_seqs", "sglang_max_running_requests", "max_batch_size")),
+    F("max_waiting", "deploy", "int", 256, "requests that may wait; further ones are told to come back", low=1),
+    F("limit_mm_per_prompt", "deploy", "json", None, 'most media of a request, e.g. \'{"image": 5, "video": 2}\'',
+      aliases=("vllm_limit_mm_per_prompt",)),
+    F("gpu_memory_utilization", "deploy", "float", None, "share of the GPU's memory that vllm or sglang takes", low=0,
+      high=1, aliases=("vllm_gpu_memory_utilization", "sglang_mem_fraction_static")),
+    F("tensor_parallel_size", "deploy", "int", 1, "GPUs that vllm or sglang splits the model over", low=1,
+      aliases=("vllm_tensor_parallel_size", "sglang_tp_size")),
+    F("allowed_media_dir", "deploy", "str", None, "requests may name images below this directory; none if not given",
+      aliases=("allowed_local_media_path",)),
+    F("allowed_media_domains", "deploy", "list", (), "hosts that images may be fetched from; every public one if not "
+      "given, none fetches nothing"),
+    F("max_body_size", "deploy", "size", 32 * 2**20, "largest request, and largest image that is fetched", low=1),
+    F("max_image_pixels", "deploy", "int", 64 * 2**20, "largest image of a request, width times height", low=1),
 )  # fmt: skip
 
 INERT = (
@@ -459,16 +413,23 @@ INERT = (
     F("check_model", "inert", "bool", inert="every tensor of a checkpoint is accounted for when it is loaded"),
     F("use_hf", "inert", "bool", env="USE_HF", inert="ids are always looked up on the Hugging Face hub"),
     F("eval_use_evalscope", "inert", "bool", verbs=TRAIN, inert="benchmarks are scored by tessera's own rules"),
-    F("infer_backend", "inert", "str", choices=("pt", "transformers"), inert="the engine is always tessera's own"),
+    F("verbose", "inert", "bool", inert="requests are counted, what they say is never logged", verbs=("deploy",)),
 )  # fmt: skip
 
 MEGATRON = tuple(
     F(name, "inert", kind, only="megatron", inert=reason) for name, kind, reason in accepted.rows()
 )  # fmt: skip
 
-FLAGS: tuple[Flag, ...] = (*MODEL, *DATA, *ADAPT, *TRAINING, *MEMORY, *REST, *EVALUATE, *INERT, *MEGATRON)
-BY_NAME: Mapping[str, Flag] = {name: flag for flag in FLAGS for name in flag.names("megatron")}
-"""Every spelling of every dialect; :meth:`Flag.names` and :meth:`Flag.belongs_to` say which of them holds where."""
+FLAGS: tuple[Flag, ...] = (*MODEL, *DATA, *ADAPT, *TRAINING, *MEMORY, *REST, *EVALUATE, *DEPLOY, *INERT, *MEGATRON)
+BY_NAME: Mapping[str, Flag] = {name: flag for flag in reversed(FLAGS) for name in flag.names("megatron")}
+"""Every spelling of every dialect; :meth:`Flag.names` and :meth:`Flag.belongs_to` say which of them holds where. What
+two verbs call by one name is the first row's here; :func:`called` knows both."""
+
+
+def called(name: str, verb: str, dialect: Dialect = "swift") -> Flag | None:
+    """The row that ``name`` may mean, that of ``verb`` if it has one."""
+    mine = (flag for flag in FLAGS if name in flag.names(dialect) and flag.belongs_to(verb, dialect))
+    return next(mine, BY_NAME.get(name))
 
 
 def flags_of(verb: str, dialect: Dialect = "swift") -> Iterator[Flag]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tessera.config.errors import UserError
-from tessera.config.flags import BY_NAME, VERBS, Dialect, Flag, flags_of
+from tessera.config.flags import BY_NAME, VERBS, Dialect, Flag, called, flags_of
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -70,7 +70,8 @@ def split(argv: Sequence[str], verb: str, dialect: Dialect = "swift") -> Words:
             cut_after = spelling[name]
             notes.append(f"the command seems cut after {cut_after}: a backslash followed by a space ends it there")
         if flags.get(name, kept) != kept:
-            notes.append(f"{spelling[name]} is given twice: {shown(kept)} holds, {shown(flags[name])} is dropped")
+            both = ("the last one", "the first") if BY_NAME[name].secret else (shown(kept), shown(flags[name]))
+            notes.append(f"{spelling[name]} is given twice: {both[0]} holds, {both[1]} is dropped")
         flags[name] = kept
     return Words(tuple(word for word in positional if word.strip()), flags, tuple(notes), cut_after, spelling)
 
@@ -82,7 +83,7 @@ def shown(words: Sequence[str]) -> str:
 
 def lookup(name: str, verb: str, label: str, dialect: Dialect = "swift") -> Flag:
     """The row called ``name`` if ``verb`` takes it in ``dialect``; ``label`` is how the user wrote it."""
-    flag, command = BY_NAME.get(name), program(verb, dialect)
+    flag, command = called(name, verb, dialect), program(verb, dialect)
     if flag is not None and flag.belongs_to(verb, dialect) and name in flag.names(dialect):
         return flag
     if flag is not None and flag.belongs_to(verb, dialect):

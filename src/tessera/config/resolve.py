@@ -5,7 +5,7 @@ Five sources may set a flag; the first one in this order wins::
     flag        --max_length 2048
     yaml        tessera sft run.yaml        (its ENV block counts as environment, unless the shell sets the variable)
     env         MAX_PIXELS=602112, NPROC_PER_NODE=8, ...   (the rows of the table that name a variable)
-    args.json   infer and export only: what the model or adapter was trained with
+    args.json   infer, deploy and export: what the model or adapter was trained with
     default     the table's, or derived: learning rate from --train_type, accumulation from batch and processes
 
 ``tessera megatron VERB`` is the same with the names and defaults of that dialect, and ``tessera megatron SCRIPT ...``
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from tessera.config import batches, memory, parallel, scripts
+from tessera.config import batches, memory, parallel, scripts, serving
 from tessera.config import convert as conversion
 from tessera.config import evaluate as evaluation
 from tessera.config.flags import BY_NAME, FLAGS, TRAIN, USE, VERBS, Dialect, Flag
@@ -42,12 +42,12 @@ from tessera.config.parse import (
     usage_error,
     words_of,
 )
-from tessera.config.run import ROOM_CLASSES, SECRETS, Run
+from tessera.config.run import ROOM_CLASSES, Run
 from tessera.config.sources import Sources, is_mcore
 from tessera.config.tasks import data_task
 
 VISION = ("max_pixels", "min_pixels", "video_max_pixels", "fps", "fps_max_frames", "max_num")
-LATER = ("rlhf", "deploy", "plan", "rollout", "app", "web-ui", "sample")
+LATER = ("rlhf", "plan", "rollout", "app", "web-ui", "sample")
 
 
 @dataclass
@@ -208,11 +208,12 @@ def _from_env(draft: _Draft, variables: Mapping[str, str]) -> None:
         if flag.env and flag.belongs_to(draft.verb, draft.dialect) and variables.get(flag.env, "").strip():
             text = variables[flag.env].strip()
             draft.offer(flag, [text], "env", flag.env)
-            if flag.name in SECRETS:
+            if flag.secret:
                 continue
             draft.env[flag.env] = text
             if str(draft.values[flag.name]) != str(convert(flag, [text], flag.env)):
-                draft.notes.append(f"--{flag.name} {draft.values[flag.name]} holds, {flag.env}={text} is dropped")
+                held, dropped = ("", "") if flag.secret else (f" {draft.values[flag.name]}", f"={text}")
+                draft.notes.append(f"--{flag.name}{held} holds, {flag.env}{dropped} is dropped")
 
 
 def _from_short(draft: _Draft) -> None:
@@ -229,8 +230,10 @@ def _from_short(draft: _Draft) -> None:
 
 
 def _from_args_json(draft: _Draft) -> None:
-    """What infer and export take over from the model or adapter; every verb finds an adapter's base model."""
+    """What infer, deploy and export take over from the model or adapter; every verb finds an adapter's base model."""
     adapters = draft.values.get("adapters", ())
+    if draft.verb == "deploy":
+        adapters = tuple(serving.named(adapter)[1] for adapter in adapters)
     for adapter in adapters if draft.verb in USE else ():
         _carry(draft, Path(adapter), ("adapter", "always"))
     for adapter in adapters:
@@ -325,6 +328,8 @@ def _finish(draft: _Draft, env: Mapping[str, str]) -> Run:
     _check(draft.verb, values)
     if draft.verb == "export":
         conversion.check(values, draft.given, draft.label)
+    serving.settle(draft.verb, values, draft.given("infer_backend"), draft.notes)
+    draft.env.update(serving.environment(draft.verb, values))
     parallel.check(values, draft.given, draft.notes)
     _hints(draft)
     rooms = {
@@ -357,7 +362,7 @@ def _paths(draft: _Draft) -> None:
             )
     values["mcore_adapters"] = tuple(_local("--mcore_adapters", adapter) for adapter in values["mcore_adapters"])
     if draft.given("adapters"):
-        values["adapters"] = tuple(_local("--adapters", adapter) for adapter in values["adapters"])
+        values["adapters"] = serving.placed(draft.verb, values["adapters"], _local)
     for name in ("vision", "llm", "aligner"):
         if draft.given(name) and values[name] != "init":
             values[name] = _local(f"--{name}", values[name])

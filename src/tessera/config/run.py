@@ -19,17 +19,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tessera import __version__
-from tessera.config.flags import BY_NAME, Dialect
+from tessera.config.flags import BY_NAME, FLAGS, Dialect
 
 Provenance = Mapping[str, str]
 """Flag name -> 'flag', 'yaml', 'env', 'args.json', 'program' (run_of) or 'default'."""
 
 Steps = int | float
 """A number of steps, a share of the run if below 1, or -1: at the end only."""
-
-
-SECRETS = ("hub_token", "api_key")
-"""Flags that are never printed and never written to a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,6 +232,7 @@ class InferArgs:
     temperature: float | None
     top_k: int | None
     top_p: float | None
+    min_p: float | None
     repetition_penalty: float | None
     stream: bool | None
     max_batch_size: int
@@ -252,7 +249,7 @@ class InferArgs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalArgs:
-    """What is asked and how it is scored; ``api_key`` lives in memory only, ``eval_timeout`` is in seconds."""
+    """What is asked and how it is scored; ``eval_timeout`` is in seconds."""
 
     eval_dataset: tuple[str, ...]
     eval_dataset_args: Mapping[str, Any] | None
@@ -262,13 +259,40 @@ class EvalArgs:
     scorer: str | None
     eval_backend: str
     eval_url: str | None
-    api_key: str | None
     concurrency: int
     eval_timeout: float
     eval_output_dir: str
     download: bool
     compare: tuple[str, ...]
     input_path: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeployArgs:
+    """How a model is served: where, under which name, to whom, within which limits; sizes in bytes, times in seconds.
+
+    ``infer_backend`` is ``tessera``, ``vllm`` or ``sglang`` once resolved. ``api_key`` lives in memory only.
+    """
+
+    infer_backend: str
+    host: str
+    port: int
+    api_key: str | None
+    ssl_keyfile: str | None
+    ssl_certfile: str | None
+    served_model_name: str | None
+    stats_interval: int
+    max_logprobs: int
+    max_model_len: int | None
+    max_num_seqs: int
+    max_waiting: int
+    limit_mm_per_prompt: Mapping[str, int] | None
+    gpu_memory_utilization: float | None
+    tensor_parallel_size: int
+    allowed_media_dir: str | None
+    allowed_media_domains: tuple[str, ...]
+    max_body_size: int
+    max_image_pixels: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,6 +380,9 @@ class ComposeArgs:
     config: str | None
 
 
+SECRET_VARIABLES = frozenset(("VLLM_API_KEY", *(flag.env for flag in FLAGS if flag.secret and flag.env)))
+"""Environment variables whose values are stored nowhere."""
+
 ROOM_CLASSES: Mapping[str, type] = {
     "model": ModelArgs,
     "data": DataArgs,
@@ -367,6 +394,7 @@ ROOM_CLASSES: Mapping[str, type] = {
     "parallel": ParallelArgs,
     "infer": InferArgs,
     "evaluate": EvalArgs,
+    "deploy": DeployArgs,
     "export": ExportArgs,
     "convert": ConvertArgs,
     "shards": ShardArgs,
@@ -397,6 +425,7 @@ class Run:
     parallel: ParallelArgs
     infer: InferArgs
     evaluate: EvalArgs
+    deploy: DeployArgs
     export: ExportArgs
     convert: ConvertArgs
     shards: ShardArgs
@@ -419,14 +448,17 @@ class Run:
         """The flat args.json: every flag under all its spellings, tokens nulled, plus what made this run."""
         out: dict[str, Any] = {}
         for name, value in {**self.values(), **self.inert}.items():
+            if BY_NAME[name].room == "deploy" and self.verb != "deploy":
+                continue  # a server says nothing about a model, and shares spellings with training
             for spelling in BY_NAME[name].names(self.dialect):
                 out[spelling] = list(value) if isinstance(value, tuple) else value
-        out |= dict.fromkeys(SECRETS)
+                if BY_NAME[name].secret:
+                    out[spelling] = None
         return {
             **out,
             "verb": self.verb,
             "dialect": self.dialect,
-            "env": dict(self.env),
+            "env": {name: text for name, text in self.env.items() if name not in SECRET_VARIABLES},
             "tessera_version": __version__,
         }
 
@@ -437,7 +469,7 @@ class Run:
             shown = [
                 f"{name}={value}" + (f" ({origin})" if (origin := self.provenance[name]) != "flag" else "")
                 for name, value in self.values().items()
-                if BY_NAME[name].room == room and self.provenance[name] != "default" and name not in SECRETS
+                if BY_NAME[name].room == room and self.provenance[name] != "default" and not BY_NAME[name].secret
             ]
             if shown:
                 lines.append(f"{room:<9} {'  '.join(shown)}")

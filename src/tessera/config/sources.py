@@ -67,6 +67,8 @@ class Sources:
         for name in ("load", "mcore_model") if verb in TRAIN else ("load",):
             if name in self.values:
                 self._read(name)
+        if verb in ("infer", "deploy") and "model" in self.values:
+            self._newest_of_run()
 
     def _put(self, name: str, value: Any, origin: str) -> None:
         self.values[name], self.provenance[name] = value, self.provenance[origin]
@@ -85,6 +87,19 @@ class Sources:
         if found not in (None, path):
             self.notes.append(f"{self.label(name)} {path}: the newest checkpoint of this run is read, {found}")
         del self.values[name]
+
+    def _newest_of_run(self) -> None:
+        """``--model`` may be a run: its newest checkpoint, a model or an adapter, is what is used."""
+        path = Path(self.values["model"])
+        found = None if is_mcore(path) else newest(path)
+        if found is None or found == path:
+            return
+        if (found / "adapter_config.json").is_file():
+            self._put("adapters", (str(found), *self.values.get("adapters", ())), "model")
+            del self.values["model"]
+        else:
+            self._put("model", str(found), "model")
+        self.notes.append(f"{self.label('model')} {path}: the newest checkpoint of this run is read, {found}")
 
     def _export(self) -> None:
         values = self.values

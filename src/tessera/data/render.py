@@ -113,7 +113,7 @@ class Renderer:
         if sample.plain:
             text = "".join(message["content"] for message in messages)
             return self._complete([(text, 1.0)], media, slots, plain=True)
-        found = self.template.pieces(messages, sample.tools)
+        found = self.template.pieces(messages, sample.tools, sample.variables)
         weights = self._weights([*self._system(sample), *sample.messages])
         rest = 1.0 if self.loss_scale == "all" else 0.0
         pieces = [(text, rest if answer is None else weights[answer]) for text, answer in found]
@@ -126,7 +126,7 @@ class Renderer:
             raise BadRow("nothing to answer: the row holds an assistant turn only")
         asked = replace(sample, messages=kept)
         messages, media, slots = self._filled(asked, images, videos)
-        text = self.template.render(messages, asked.tools, generation_prompt=True)
+        text = self.template.render(messages, asked.tools, asked.variables, generation_prompt=True)
         return self._complete([(text, 0.0)], media, slots)
 
     def encode(self, rendered: Rendered) -> Encoded:

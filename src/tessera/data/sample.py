@@ -16,6 +16,7 @@ Datasets spell the same conversation in many ways. :func:`normalise` reads each 
 | ``"videos": [["f0.jpg", "f1.jpg"]]``, ``"fps": [2.0]`` | a video as a list of frames, one per ``<video>`` tag |
 | content ``[{"type": "text"}, {"type": "image_url"}, {"type": "video"}]`` | OpenAI parts, in place |
 | ``"tools"`` with ``tool_calls``, ``tool_use``, ``tool_call`` messages | through the checkpoint's chat template |
+| ``"chat_template_kwargs": {...}`` | variables for the checkpoint's chat template |
 | message keys ``"loss": bool``, ``"loss_scale": float`` | what this assistant turn counts: 0, 1 or a weight |
 
 Column names are matched without regard to case; ``--columns '{"question": "query"}'`` renames them first. If two
@@ -110,7 +111,8 @@ class Message:
 class Sample:
     """A conversation in normal form; ``images`` and ``videos`` are in the order of their tags.
 
-    ``fps`` is the frames per second of each video, empty where the row does not say.
+    ``fps`` is the frames per second of each video, empty where the row does not say. ``variables`` are the chat
+    template's, for this row.
     """
 
     messages: tuple[Message, ...]
@@ -118,6 +120,7 @@ class Sample:
     videos: tuple[tuple[ImageRef, ...], ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     fps: tuple[float, ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def answer(self) -> str | None:
@@ -367,7 +370,9 @@ class _Media:
         images = self._dealt("image", _images(fields.get("images", fields.get("image"))), messages)
         videos = self._dealt("video", _videos(fields.get("videos", fields.get("video"))), messages)
         tools = tuple(_object(tool, "tools") for tool in _list(fields["tools"], "tools")) if "tools" in fields else ()
-        return Sample(tuple(messages), tuple(images), tuple(videos), tools, _fps(fields.get("fps"), len(videos)))
+        rates = _fps(fields.get("fps"), len(videos))
+        variables = _object(fields.get("chat_template_kwargs", {}), "chat_template_kwargs")
+        return Sample(tuple(messages), tuple(images), tuple(videos), tools, rates, variables)
 
     def _dealt(self, kind: str, column: list[Any], messages: list[Message]) -> list[Any]:
         """One source per tag of ``kind``, in order; tags that are missing are put before the first message."""

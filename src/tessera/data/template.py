@@ -25,10 +25,12 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 
@@ -96,6 +98,7 @@ Opaque: Any = type(
 Skeleton = list[tuple[tuple[str | int, ...], int | None]]
 """Pieces made of literal text and, as integers, the messages whose content stands there."""
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 Piece = tuple[str, int | None]
 """Text, and the ordinal of the answer it belongs to (None outside answers)."""
 
@@ -128,40 +131,65 @@ class ChatTemplate:
         self._marked = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
         self._header, self._suffix = self._probe()
         program = environment.parse(source)
+        self.variables = frozenset(jinja2.meta.find_undeclared_variables(program))
+        """Names that the template asks for."""
         tracked = "strftime_now" not in source and all(program.find(kind) is None for kind in _UNTRACKED)
         self._skeleton = lru_cache(maxsize=256)(self._make_skeleton if tracked else _no_skeleton)
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, generation_prompt: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] = (),
+        variables: Mapping[str, Any] = NOTHING,
+        *,
+        generation_prompt: bool = False,
     ) -> str:
-        """The conversation as text; ``generation_prompt`` ends it where the assistant is to answer."""
-        text = self._render(messages, tools, generation_prompt)
+        """The conversation as text; ``generation_prompt`` ends it where the assistant is to answer.
+
+        ``variables`` are further ones that the template may ask for.
+        """
+        text = self._render(messages, tools, variables, generation_prompt)
         return _MARKS.sub("", text) if self._marked else text
 
-    def pieces(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> list[Piece]:
+    def pieces(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), variables: Mapping[str, Any] = NOTHING
+    ) -> list[Piece]:
         """The conversation as text, cut where answers begin and end."""
-        plain = not tools and all(len(message) == 2 for message in messages)  # role and content, nothing else
+        # Messages of role and content, nothing else.
+        plain = not tools and not variables and all(len(message) == 2 for message in messages)
         skeleton = self._skeleton(tuple(message["role"] for message in messages)) if plain else None
         if skeleton is None:
-            return _cut(*self.spans(messages, tools))
+            return _cut(*self.spans(messages, tools, variables))
         contents = [message["content"] for message in messages]
         return [
             ("".join(part if isinstance(part, str) else contents[part] for part in parts), answer)
             for parts, answer in skeleton
         ]
 
-    def spans(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> tuple[str, list[Span]]:
+    def spans(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), variables: Mapping[str, Any] = NOTHING
+    ) -> tuple[str, list[Span]]:
         """The conversation as text, and one span per assistant message (answer and turn suffix), in order."""
-        text = self._render(messages, tools, False)
+        text = self._render(messages, tools, variables, False)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if self._marked:
             text, spans = _unmarked(text)
             if len(spans) != len(answers):
                 raise BadRow("the chat template marks another number of {% generation %} blocks than there are answers")
             return text, spans
-        return text, self._literal(text, messages, answers) or self._differences(text, messages, answers, tools)
+        found = self._literal(text, messages, answers)
+        return text, found or self._differences(text, messages, answers, tools, variables)
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], generation_prompt: bool) -> str:
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any],
+        variables: Mapping[str, Any],
+        generation_prompt: bool,
+    ) -> str:
+        own = {"messages", "tools", "documents", "add_generation_prompt", *self._tokens} & variables.keys()
+        if own:
+            raise BadRow(f"chat_template_kwargs may not set {', '.join(sorted(own))}")
         try:
             return self._template.render(
                 messages=messages,
@@ -169,6 +197,7 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=generation_prompt,
                 **self._tokens,
+                **variables,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise BadRow(f"the chat template refuses the conversation: {error}") from None
@@ -202,18 +231,23 @@ class ChatTemplate:
         return spans
 
     def _differences(
-        self, text: str, messages: Sequence[Mapping[str, Any]], answers: Sequence[int], tools: Sequence[Any]
+        self,
+        text: str,
+        messages: Sequence[Mapping[str, Any]],
+        answers: Sequence[int],
+        tools: Sequence[Any],
+        variables: Mapping[str, Any],
     ) -> list[Span]:
         """Spans as differences of renderings of growing prefixes of the conversation."""
         spans: list[Span] = []
         for index in answers:
-            prompt = self.render(messages[:index], tools, generation_prompt=True) if index else ""
+            prompt = self.render(messages[:index], tools, variables, generation_prompt=True) if index else ""
             if not text.startswith(prompt):
                 raise BadRow("the chat template rewrites earlier turns: mark the answers in it with {% generation %}")
             if index == len(messages) - 1:
                 spans.append((len(prompt), len(text)))
                 continue
-            turn = self.render(messages[: index + 1], tools)
+            turn = self.render(messages[: index + 1], tools, variables)
             end = len(turn)
             if not text.startswith(turn):  # the last turn of a conversation is printed differently
                 at = text.find(self._suffix, len(prompt)) if self._suffix else -1

@@ -83,8 +83,8 @@ def server_of(run: Run) -> Iterator[Server]:
         with deployed(run) as server:
             yield server
     else:
-        found = Server(args.eval_url, run.model.model or "", args.api_key)
-        yield Server(args.eval_url, found.model or served_model(found), args.api_key)
+        found = Server(args.eval_url, run.model.model or "", run.deploy.api_key)
+        yield Server(args.eval_url, found.model or served_model(found), run.deploy.api_key)
 
 
 def gathered(output: Path, names: Collection[str]) -> Path:

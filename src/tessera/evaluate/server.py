@@ -51,7 +51,7 @@ def deployed(run: Run, backend: str | None = None) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # A key in the environment holds for both sides.
-    server = Server(f"http://127.0.0.1:{port}", NAME, run.evaluate.api_key, run.evaluate.eval_timeout)
+    server = Server(f"http://127.0.0.1:{port}", NAME, run.deploy.api_key, run.evaluate.eval_timeout)
     process = subprocess.Popen(command(run, port, backend))
     try:
         _await(process, server)

@@ -27,11 +27,12 @@ GENERATION: Mapping[str, str] = {
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
+    "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
 }
 """Entries of ``--eval_generation_config`` that are flags as well."""
 
-SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 OTHER = ("do_sample", "seed", "n", "stream", "timeout")
 """Further entries that are understood."""
@@ -76,11 +77,11 @@ def answerer_of(run: Run) -> Answerer:
     args = run.evaluate
     if args.eval_url is not None:
         check_url(args.eval_url)
-        server = Server(args.eval_url, run.model.model or "", args.api_key, args.eval_timeout)
+        server = Server(args.eval_url, run.model.model or "", run.deploy.api_key, args.eval_timeout)
         return Remote(server, request_body(run), concurrency=args.concurrency, root_image_dir=run.data.root_image_dir)
-    backend = run.values().get("infer_backend")
-    if backend in ("vllm", "sglang"):
-        return Deployed(run, str(backend), settings_of(run), request_body(run))
+    backend = run.deploy.infer_backend
+    if backend != "tessera":
+        return Deployed(run, backend, settings_of(run), request_body(run))
     # The limit of a benchmark is said with every question.
     session = Session.open(replace(run, infer=replace(run.infer, max_new_tokens=run.infer.max_new_tokens or 1)))
     return Embedded(session, {**settings_of(run), **sampling_of(run, session)})

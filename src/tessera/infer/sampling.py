@@ -48,7 +48,7 @@ class Sampling:
         Without ``--temperature`` a model samples only if its own file says so (``do_sample``) or another sampling
         flag asks for it.
         """
-        asked = args.top_k is not None or args.top_p is not None
+        asked = any(value is not None for value in (args.top_k, args.top_p, args.min_p))
         temperature = args.temperature
         if temperature is None:
             samples = asked or bool(defaults.get("do_sample"))
@@ -58,7 +58,7 @@ class Sampling:
             top_k=max(0, int(_first(args.top_k, defaults.get("top_k"), 0))),
             top_p=float(_first(args.top_p, defaults.get("top_p"), 1.0)),
             repetition_penalty=float(_first(args.repetition_penalty, defaults.get("repetition_penalty"), 1.0)) or 1.0,
-            min_p=float(_first(defaults.get("min_p"), 0.0)),
+            min_p=float(_first(args.min_p, defaults.get("min_p"), 0.0)),
         )
 
     @property

@@ -14,6 +14,7 @@ from torch import nn
 from tessera import adapt
 from tessera.adapt import ParamGroup
 from tessera.checkpoint.open import Source
+from tessera.config.flags import BY_NAME
 from tessera.config.run import Run
 from tessera.contract.memory import Recompute
 from tessera.data.corpus import Corpus
@@ -75,7 +76,7 @@ def facts(
         flags={
             name: (value, run.provenance[name])
             for name, value in run.values().items()
-            if run.provenance.get(name, "default") != "default" and name != "hub_token"
+            if run.provenance.get(name, "default") != "default" and not BY_NAME[name].secret
         },
     )
 

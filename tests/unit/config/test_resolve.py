@@ -226,7 +226,10 @@ def test_sharding_from_a_deepspeed_file(tmp_path: Path) -> None:
         (f"{SFT} --packing_length 5 --max_length 6", "--packing_length 5 cannot hold rows of --max_length 6"),
         ("export --model a --push_to_hub true", "--push_to_hub true needs --hub_model_id namespace/name"),
         ("export --model a --merge_lora true", "--merge_lora true needs --adapters DIR"),
-        ("infer --model a --infer_backend vllm", "--infer_backend vllm: allowed are pt, transformers"),
+        (
+            "infer --model a --infer_backend vllm",
+            "--infer_backend vllm: allowed are tessera, pt, transformers; tessera dep",
+        ),
         ("megatron sft", "tessera megatron sft: --load is required"),
         ("megatron rlhf", "tessera megatron rlhf: not in this version; there are sft, pt, infer, export, run_mcore"),
         ("megatron data", "tessera megatron data: not in this version"),

@@ -37,7 +37,7 @@ def test_kinds_are_the_types_of_the_fields() -> None:
     rows = {flag.name: flag for flag in FLAGS}
     for kind in ROOM_CLASSES.values():
         for name, hint in get_type_hints(kind).items():
-            expected = TYPES[rows[name].kind]
+            expected = Mapping[str, int] if name == "limit_mm_per_prompt" else TYPES[rows[name].kind]
             nested = (Mapping[str, Any] | None,) if rows[name].kind == "json" else ()
             assert hint in (expected, expected | None, *nested), f"{name}: {hint}"
 
@@ -55,8 +55,12 @@ def test_values_of_a_run_have_the_types_of_their_fields() -> None:
 
 
 def test_names_are_unique_and_rows_make_sense() -> None:
-    names = [name for flag in FLAGS for name in flag.names("megatron")]
-    assert len(names) == len(set(names))
+    for verb in VERBS:
+        names = [name for flag in FLAGS if flag.belongs_to(verb, "megatron") for name in flag.names("megatron")]
+        assert len(names) == len(set(names)), verb
+    own = [flag.name for flag in FLAGS]
+    assert len(own) == len(set(own))
+    assert all(BY_NAME[name].name == name for name in own)
     for flag in FLAGS:
         assert flag.room in ROOMS, flag.name
         assert set(flag.verbs) | set(flag.defaults) - {"megatron"} <= set(VERBS), flag.name

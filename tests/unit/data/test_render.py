@@ -334,3 +334,20 @@ def test_a_wrong_pad_token_is_named(directory: Path) -> None:
     geometry = make_geometry(pad_ids={"image": 77, "video": VIDEO_PAD})
     with pytest.raises(UserError, match="disagree about the image token"):
         Renderer(directory, geometry)
+
+
+def test_a_row_sets_variables_of_the_template(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not thinking %}<no>{% endif %}{% endif %}"
+    )
+    made = Renderer(make_tokenizer_dir(tmp_path, template=template), make_geometry())
+    row = {"messages": [{"role": "user", "content": "a"}]}
+    asked = [
+        made.prompt(normalise(row | extra, need_answer=False))
+        for extra in ({}, {"chat_template_kwargs": {"thinking": True}})
+    ]
+    assert [rendered.pieces[0][0].endswith("<no>") for rendered in asked] == [True, False]
+    assert "thinking" in made.template.variables
+    with pytest.raises(BadRow, match="chat_template_kwargs may not set messages"):
+        made.prompt(normalise({**row, "chat_template_kwargs": {"messages": []}}, need_answer=False))

@@ -1,0 +1,1 @@
+"""``tessera deploy``: answers over HTTP, in the words of OpenAI's API."""
