@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -51,6 +50,17 @@ def commands(page: str, text: str) -> list[Command]:
     return found
 
 
+def places(words: list[str]) -> list[tuple[str, str]]:
+    """Each value with the flag it belongs to; of ``--adapters name=path`` the path."""
+    found, flag = [], ""
+    for word in words:
+        if word.startswith("--"):
+            flag = word
+        elif flag:
+            found.append((flag, word.partition("=")[2] or word if flag == "--adapters" else word))
+    return found
+
+
 def check(command: Command, files: dict[str, str], root: Path) -> None:
     """Parse one command in ``root``, with the files and directories that it names made up."""
     for name, text in files.items():
@@ -60,7 +70,7 @@ def check(command: Command, files: dict[str, str], root: Path) -> None:
         assert set(words) <= TARGETS, command
     if program != "tessera":
         return
-    for flag, value in pairwise(words):
+    for flag, value in places(words):
         if flag in ("--model", "--adapters"):
             (root / value).mkdir(parents=True, exist_ok=True)
             (root / "base").mkdir(exist_ok=True)

@@ -30,7 +30,7 @@ F = Flag
 
 MODEL = (
     F("model", "model", "str", None, "directory or hub id of the model", carry="adapter"),
-    F("adapters", "model", "list", (), "adapters; infer and export find the base model in their args.json",
+    F("adapters", "model", "list", (), "adapters (deploy: DIR or NAME=DIR); their args.json has the base model",
       megatron=("adapter_load",)),
     F("torch_dtype", "model", "str", None, "dtype of the weights; config.json's if not given", carry="always",
       choices=("bfloat16", "float16", "float32"), verbs=(*TRAIN, *USE, "data", "compose")),

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from tessera.infer.engine import Engine, Sampling
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+COLDEST = 1e-5
+"""A lower temperature draws what 0 chooses, and logits divided by it overflow."""
+
 PORTS = 64
 """How many ports are tried, from ``--port`` upwards."""
 
@@ -229,6 +232,8 @@ def sampling_of(run: Run, defaults: Mapping[str, Any], given: Mapping[str, Any])
 
     flags = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     args = replace(run.infer, **{name: given[name] for name in flags if name in given})
+    if args.temperature is not None and args.temperature < COLDEST:
+        args = replace(args, temperature=0.0)
     penalties = {name: given[name] for name in ("presence_penalty", "frequency_penalty") if name in given}
     return replace(Sampling.of(args, defaults), **penalties)
 

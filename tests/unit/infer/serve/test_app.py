@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -358,3 +359,24 @@ def test_the_description(server: Server) -> None:
     responses = found["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert {"200", "4XX", "5XX"} == set(responses)
     assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
+
+
+class Elsewhere:
+    """Other servers: ``http://x/WIDTH`` is an image of that width, after a while for even widths."""
+
+    def get(self, url: str) -> bytes:
+        width = int(url.rpartition("/")[2])
+        time.sleep(0.05 if width % 2 == 0 else 0)
+        return picture(size=(width, 56))
+
+
+def test_images_from_everywhere_keep_their_order(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.service.library, "_fetcher", Elsewhere())
+    parts = [{"type": "image", "image": url} for url in ("http://x/112", uri(picture(size=(84, 56))), "http://x/57")]
+    assert server.post(ask(parts)).status == 200
+    sources = [medium.sources[0] for medium in server.asked.question.encoded.media]
+    assert sources == [picture(size=(112, 56)), picture(size=(84, 56)), picture(size=(57, 56))]
+    monkeypatch.setattr("tessera.infer.serve.app.FETCH_S", 0.01)
+    reply = server.post(ask(parts))
+    assert reply.status == 400 and "took longer than 0.01 s" in reply.error["message"]
+    assert reply.error["param"] == "messages.0.content.0"

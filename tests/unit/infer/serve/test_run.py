@@ -148,6 +148,7 @@ def test_settings_of_a_request_go_before_those_of_the_server(model: Path) -> Non
     assert (asked.temperature, asked.top_k, asked.min_p, asked.presence_penalty) == (0.0, 2, 0.2, 1.0)
     plain = resolve(["deploy", "--model", str(model)], {})
     assert deploy.sampling_of(plain, {}, {}).greedy
+    assert deploy.sampling_of(plain, {}, {"temperature": 5e-324}).greedy
     assert deploy.sampling_of(plain, {}, {"top_p": 0.5}).temperature == 1.0
 
 
