@@ -122,6 +122,6 @@ def test_deploying(prefix: str, tmp_path: Path) -> None:
 
 
 def test_what_comes_later_says_so() -> None:
-    for line in ("rlhf --rlhf_type grpo", "megatron rlhf --load x", "eval --model x"):
+    for line in ("rlhf --rlhf_type grpo", "megatron rlhf --load x"):
         with pytest.raises(UserError, match="not in this version"):
             resolve(line.split(), {})
