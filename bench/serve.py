@@ -88,9 +88,9 @@ def swift_deploy(python: str, batch: int = 1) -> Peer:
     def command(model: Path, port: int) -> list[str]:
         return [python, str(BENCH / "peers" / "swift_deploy.py"), "--model", str(model), "--port", str(port),
                 "--host", "127.0.0.1", "--infer_backend", "transformers", "--torch_dtype", "float32",
-                "--model_type", "qwen2_5_vl", "--template", "bench_vl", "--attn_impl", "sdpa", "--max_batch_size", str(batch),
-                "--served_model_name", "bench", "--verbose", "false", "--log_interval", "-1",
-                "--external_plugins", str(BENCH / "peers" / "swift_template.py")]  # fmt: skip
+                "--model_type", "qwen2_5_vl", "--template", "bench_vl", "--attn_impl", "sdpa",
+                "--max_batch_size", str(batch), "--served_model_name", "bench", "--verbose", "false",
+                "--log_interval", "-1", "--external_plugins", str(BENCH / "peers" / "swift_template.py")]  # fmt: skip
 
     return Peer("swift deploy" + (f", batches of {batch}" if batch > 1 else ""), command, lambda model: "bench")
 
@@ -292,7 +292,7 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", choices=sorted(rows.SHAPES), default=["tiny", "60m"])
     parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS))
     parser.add_argument("--peers", nargs="*", choices=("transformers", "swift"), default=["transformers", "swift"])
-    parser.add_argument("--swift_batch", type=int, nargs="+", default=[1, 32], help="its max_batch_size (default 1, 32)")
+    parser.add_argument("--swift_batch", type=int, nargs="+", default=[1, 32], help="its max_batch_size (1, 32)")
     parser.add_argument("--soak", type=int, default=1000, help="requests of the soak, 0 for none (default 1000)")
     parser.add_argument("--eval", type=int, default=500, help="questions of the evaluation, 0 for none (default 500)")
     args = parser.parse_args()
