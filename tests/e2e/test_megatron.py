@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tessera.models.families import family_of
 from tests.e2e.command import checkpoint, losses, rows_of, run_dir, script, shell, tessera, works
 from tests.e2e.test_documents import latex
 from tests.models import make_model_dir
@@ -140,6 +142,90 @@ def test_lora_then_merge(here: Path) -> None:
     assert before.keys() == after.keys()
     assert all(value.dtype == torch.bfloat16 for value in after.values())
     assert (merged / "args.json").is_file()
+
+
+MOE = """
+PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True' \\
+NPROC_PER_NODE=2 \\
+CUDA_VISIBLE_DEVICES=0,1 \\
+tessera megatron sft \\
+    --load InternVL3_5-30B-A3B-mcore \\
+    --dataset 'AI-ModelScope/LaTeX_OCR:human_handwrite#5000' \\
+    --train_type lora \\
+    --lora_rank 8 \\
+    --lora_alpha 32 \\
+    --target_modules all-linear \\
+    --sequence_parallel true \\
+    --freeze_llm false \\
+    --freeze_vit true \\
+    --freeze_aligner true \\
+    --packing true \\
+    --split_dataset_ratio 0.01 \\
+    --expert_model_parallel_size 2 \\
+    --moe_permute_fusion true \\
+    --moe_grouped_gemm true \\
+    --moe_shared_expert_overlap true \\
+    --moe_aux_loss_coeff 1e-3 \\
+    --micro_batch_size 1 \\
+    --global_batch_size 4 \\
+    --recompute_granularity full \\
+    --recompute_method uniform \\
+    --recompute_num_layers 1 \\
+    --finetune true \\
+    --cross_entropy_loss_fusion true \\
+    --lr 1e-4 \\
+    --lr_warmup_fraction 0.05 \\
+    --min_lr 1e-5 \\
+    --max_epochs 1 \\
+    --save megatron_output/InternVL3_5-30B-A3B \\
+    --eval_interval 200 \\
+    --save_interval 200 \\
+    --vit_gradient_checkpointing true \\
+    --max_length 2048 \\
+    --num_workers 8 \\
+    --dataset_num_proc 8 \\
+    --no_save_optim true \\
+    --no_save_rng true \\
+    --attention_backend flash"""
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+@pytest.mark.timeout(600)
+def test_experts_on_two_ranks_then_infer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's mixture of experts: converted, adapted with its experts on two ranks, merged, asked."""
+    monkeypatch.chdir(tmp_path)
+    make_model_dir("OpenGVLab/InternVL3_5-30B-A3B", "internvl", dtype=torch.bfloat16, **sparse())
+    latex(tmp_path / "AI-ModelScope" / "LaTeX_OCR")
+
+    def renamed(text: str) -> str:
+        return text.replace("Qwen/Qwen2.5", "OpenGVLab/Qwen2.5").replace(
+            "Qwen2.5-VL-7B-Instruct", "InternVL3_5-30B-A3B"
+        )
+
+    done = script(renamed(TO_MCORE))
+    assert done.code == 0, done.err
+    assert "precision  equal within 1e-05" in done.out
+    output = tmp_path / "megatron_output" / "InternVL3_5-30B-A3B"
+    done = shell(f"{MOE} {SHORT} --torch_dtype float32", tmp_path, OMP_NUM_THREADS="1")
+    assert done.code == 0, done.err
+    assert "no such flag" not in done.err and "Traceback" not in done.err
+    assert (checkpoint(output) / "adapter_config.json").is_file() and len(losses(output)) == 3
+    run_dir(output).rename(output / "vx-xxx")
+    done = script(renamed(TO_HF.format(source="mcore_adapters")))
+    assert done.code == 0, done.err
+    before, after = tensors(tmp_path / "OpenGVLab" / "InternVL3_5-30B-A3B"), tensors(output / "vx-xxx-hf")
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert before.keys() == after.keys() and any("experts" in name for name in moved)
+    done = script(renamed(INFER))
+    assert done.code == 0, done.err
+    assert done.out.count("[QUERY] Using LaTeX to perform OCR on the image.") == 1
+
+
+def sparse() -> dict[str, Any]:
+    """What makes the decoder of a toy InternVL a mixture of experts."""
+    text = family_of({"model_type": "qwen3_moe"}).tiny()
+    return {key: value for key, value in text.items() if key not in ("architectures", "vocab_size", "dtype")}
 
 
 def test_a_script_is_printed_as_the_command_it_is(tmp_path: Path) -> None:
